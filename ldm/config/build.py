@@ -1,0 +1,238 @@
+"""From a composed configuration to built objects: the stages of a launch, and a trained model read back."""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import pytorch_lightning as pl
+import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pytorch_lightning.loggers import CSVLogger
+
+from ldm.config.check import check
+from ldm.config.compose import names, parse
+from ldm.errors import UserError, nearest
+from ldm.interop.model_folder import ModelFolder, find_model_folder
+from ldm.latent_diffusion import LatentDiffusion
+from ldm.training.checkpointing import Checkpoints
+from ldm.training.curriculum import Job, Stage
+from ldm.training.ema import EMA
+from ldm.training.module import TrainingModule
+from ldm.training.progress import Progress
+
+
+def build(node: DictConfig) -> Any:
+    """The object that a configuration describes; its knobs are checked first."""
+    check(node)
+    return instantiate(node)
+
+
+# ------------------------------------------------------------------------------------------------ training
+
+
+def stage_config(cfg: DictConfig, stage: str, overrides: list[str]) -> DictConfig:
+    """The configuration of one stage: the root, then `curriculum.<stage>`, then the command line's own values.
+
+    Raises UserError for a stage, or a knob of it, that does not exist.
+    """
+    if stage not in cfg.curriculum:
+        raise UserError(f"stages: there is no stage {stage!r}; {nearest(stage, [str(s) for s in cfg.curriculum])}")
+    root = cast(DictConfig, OmegaConf.create(OmegaConf.to_container(cfg, resolve=False)))
+    difference = root.pop("curriculum")[stage]
+    known = set(names(root))
+    for name in names(difference):
+        parents = [name.rsplit(".", n)[0] for n in range(1, name.count(".") + 1)]
+        inside_target = any(OmegaConf.select(root, f"{p}._target_") for p in parents)  # `check` knows better there
+        if name not in known and not inside_target:
+            raise UserError(f"curriculum.{stage}.{name}: there is no such knob; {nearest(name, known)}")
+    merged = cast(DictConfig, OmegaConf.merge(root, difference))
+    for override in parse(overrides):
+        name = str(override.key_or_group)
+        if name in known and not name.startswith(("curriculum", "hydra")) and not isinstance(root.get(name), DictConfig):
+            OmegaConf.update(merged, name, OmegaConf.select(cfg, name))
+    merged.stage = stage
+    return merged
+
+
+def stages(cfg: DictConfig, overrides: list[str], run_folder: Path) -> tuple[list[Stage], dict[str, Path]]:
+    """The stages that a launch runs, and the model folders of the finished ones that it may build on.
+
+    All stages are composed and checked before the first one starts.
+    """
+    resume = _resume_path(cfg, run_folder)
+    built = []
+    for name in cfg.stages:
+        folder = run_folder / name
+        config = stage_config(cfg, name, overrides)
+        config.stage_folder = str(folder)
+        try:
+            OmegaConf.resolve(config)
+        except OmegaConfBaseException as error:
+            raise UserError(f"stage {name}: {str(error).splitlines()[0]}") from error
+        order = list(cfg.curriculum).index(name)
+        check(config.tasks[config.task])
+        check_devices(config.trainer)
+        here = resume if resume is not None and resume.parent.parent.name == name else None
+        built.append(Stage(name, folder, _builder(config, folder, order), here))
+    every = {str(name): run_folder / str(name) / "model" for name in cfg.curriculum}
+    return built, {name: path for name, path in every.items() if (path / "model.json").exists()}
+
+
+def _resume_path(cfg: DictConfig, run_folder: Path) -> Path | None:
+    """The checkpoint file named by resume=PATH, if a file was named; UserError where the path is not there."""
+    if cfg.resume is None or cfg.resume == "auto":
+        return None
+    path = Path(cfg.resume)
+    if not path.exists():
+        raise UserError(f"resume={path}: nothing is there; give a run's folder, a checkpoint of it, or auto")
+    if path.is_dir() and path.resolve() != run_folder.resolve():
+        raise UserError(f"resume={path}: this is no run's folder (it has no .hydra); give outputs/NAME/TIME")
+    return path if path.is_file() else None
+
+
+def check_devices(trainer: DictConfig) -> None:
+    """Raises UserError where more devices are asked for than this machine has."""
+    devices, accelerator = trainer.devices, str(trainer.accelerator)
+    if not isinstance(devices, int) or devices < 1:
+        return  # "auto", -1, or a list: Lightning's to judge
+    gpus = torch.cuda.device_count()
+    on_gpu = accelerator in ("gpu", "cuda") or (accelerator == "auto" and gpus > 0)
+    there = gpus if on_gpu else os.cpu_count() or 1
+    if devices > there:
+        kind = "GPUs" if on_gpu else "CPU cores (no GPU is in use)"
+        raise UserError(f"trainer.devices={devices}: this machine has {there} {kind}; give at most {there}")
+
+
+def _builder(config: DictConfig, folder: Path, order: int) -> Callable[[dict[str, Path]], Job]:
+    def make(models: dict[str, Path]) -> Job:
+        return build_job(config, folder, order, models)
+
+    return make
+
+
+def build_job(config: DictConfig, folder: Path, order: int, models: dict[str, Path]) -> Job:
+    """A stage's objects; `models` are the finished stages' model folders by name."""
+    pl.seed_everything(config.seed, workers=True, verbose=False)
+    inherit = _inherit_first_stage(config, models)
+    datamodule = build(config.data)
+    datamodule.prepare_data()
+    module = cast(TrainingModule, build(config.tasks[config.task]))
+    _load_weights(config, module, models, inherit)
+    if config.compile:
+        module.compile_networks()
+
+    checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint.every_n_steps, config.checkpoint.keep)
+    ema = EMA(config.ema.decay) if config.ema.decay is not None else None
+    callbacks: list[pl.Callback] = [Progress(config.stage), *([ema] if ema else []), checkpoints]
+    trainer = build(config.trainer)(callbacks=callbacks, logger=_loggers(config, folder))
+    text = OmegaConf.to_yaml(config)
+    if trainer.is_global_zero:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.yaml").write_text(text)
+    tokenizer = Path(config.tokenizer_path) if Path(config.tokenizer_path).is_dir() else None
+    record = {"experiment": config.name, "order": order, "inherited": {k: str(v) for k, v in models.items()}}
+    return Job(module, datamodule, trainer, checkpoints, ema, text, tokenizer, record)
+
+
+def _loggers(config: DictConfig, folder: Path) -> list[Any]:
+    """A CSV of this attempt (an interrupted stage has several), and the loggers that the configuration adds."""
+    attempt = len(list(folder.glob("logs/attempt_*")))
+    own = CSVLogger(folder / "logs", name="", version=f"attempt_{attempt}", flush_logs_every_n_steps=100)
+    return [own, *([build(config.logger)] if config.logger is not None else [])]
+
+
+def _find(given: str, models: dict[str, Path], knob: str, kind: str) -> ModelFolder:
+    """The model folder meant by a knob: a stage's name, or a path."""
+    if given in models:
+        return find_model_folder(models[given], kind)
+    if not Path(given).exists():
+        raise UserError(
+            f"{knob}={given}: that stage is not finished in this run, and no such path exists; "
+            f"run it first (add it to stages), or give the path of a finished one ({knob}=outputs/NAME/TIME/STAGE)"
+        )
+    return find_model_folder(Path(given), kind)
+
+
+def _inherit_first_stage(config: DictConfig, models: dict[str, Path]) -> ModelFolder | None:
+    """Takes the first stage's architecture from the model that it will be loaded from."""
+    if config.first_stage_from is None or config.task == "first_stage":
+        return None
+    source = _find(config.first_stage_from, models, "first_stage_from", "first_stage")
+    config.first_stage = OmegaConf.create(source.config_text).first_stage
+    config.tasks.diffusion.latent_diffusion.first_stage = config.first_stage
+    return source
+
+
+def _load_weights(
+    config: DictConfig, module: TrainingModule, models: dict[str, Path], first_stage: ModelFolder | None
+) -> None:
+    if first_stage is not None:
+        target = cast(LatentDiffusion, module.model()).first_stage
+        load_strictly(target, first_stage.weights("ema"), str(first_stage.path))
+    if config.init_from is not None:
+        source = _find(config.init_from, models, "init_from", module.kind)
+        load_strictly(module.model(), source.weights("ema"), str(source.path))
+
+
+def load_strictly(module: torch.nn.Module, state: dict[str, torch.Tensor], origin: str) -> None:
+    """Loads a state; UserError that lists what is missing, unexpected or of another shape, and nothing is loaded."""
+    own = module.state_dict()
+    wrong = [f"missing {name}" for name in own if name not in state]
+    wrong += [f"unexpected {name}" for name in state if name not in own]
+    wrong += [
+        f"{name}: {list(state[name].shape)} in the file, {list(own[name].shape)} in the model"
+        for name in own
+        if name in state and own[name].shape != state[name].shape
+    ]
+    if wrong:
+        more = f" and {len(wrong) - 8} more" if len(wrong) > 8 else ""
+        raise UserError(f"the weights in {origin} don't fit the model: {'; '.join(wrong[:8])}{more}")
+    module.load_state_dict(state)
+
+
+# ----------------------------------------------------------------------------------------- trained models
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A trained second stage, ready to sample from, with where it came from."""
+
+    model: LatentDiffusion
+    folder: ModelFolder
+    config: DictConfig
+
+
+def load_trained(checkpoint: str, weights: str, device: str) -> Trained:
+    """The latent diffusion model of a run, a stage or a model folder, in eval mode on `device`."""
+    folder = find_model_folder(Path(checkpoint), "diffusion")
+    config = cast(DictConfig, OmegaConf.create(folder.config_text))
+    if folder.tokenizer is not None:
+        OmegaConf.update(config.tasks.diffusion, "latent_diffusion.conditioner", config.conditioner)
+        _replace(config, str(config.tokenizer_path), str(folder.tokenizer))
+    model = cast(LatentDiffusion, build(config.tasks.diffusion.latent_diffusion))
+    load_strictly(model, folder.weights(weights), str(folder.path))
+    return Trained(model.eval().requires_grad_(False).to(pick_device(device)), folder, config)
+
+
+def pick_device(device: str) -> torch.device:
+    """The device that a name means; "auto" is the first GPU, else the CPU."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty((), device=device).device
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device={device} is not to be had here: {str(error).splitlines()[0]}") from error
+
+
+def _replace(node: Any, old: str, new: str) -> None:
+    """Replaces a string wherever it stands in a configuration."""
+    for name in list(node) if isinstance(node, DictConfig) else range(len(node)):
+        value = node[name]
+        if OmegaConf.is_config(value):
+            _replace(value, old, new)
+        elif value == old:
+            node[name] = new

@@ -1,0 +1,74 @@
+"""Commands: a main function with Hydra's command line in front, and one clear message where it can't go on."""
+
+import sys
+import warnings
+from collections.abc import Callable
+
+import hydra
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
+
+from ldm.config.compose import CONFIGS, compose, first_of_sweeps, register_resolvers
+from ldm.errors import UserError
+from ldm.training.curriculum import Interrupted
+
+Main = Callable[[DictConfig], None]
+
+
+def command(config_name: str) -> Callable[[Main], Callable[[], None]]:
+    """Makes `main(cfg)` a command line of overrides; a user's error ends it with its message and exit status 1."""
+
+    def decorate(main: Main) -> Callable[[], None]:
+        def guarded(cfg: DictConfig) -> None:
+            try:
+                main(cfg)
+            except Interrupted as stop:
+                sys.stderr.write(f"{stop}\n")
+                raise SystemExit(stop.exit_status) from None
+            except Exception as error:
+                _exit_if_users(error)
+                raise
+
+        def run() -> None:
+            register_resolvers()
+            _quiet()
+            overrides = [text for text in sys.argv[1:] if not text.startswith("-")]
+            if len(overrides) == len([t for t in sys.argv[1:] if t not in ("-m", "--multirun")]):
+                _compose_once(config_name, overrides)
+            hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=config_name)(guarded)()
+
+        return run
+
+    return decorate
+
+
+def _compose_once(config_name: str, overrides: list[str]) -> None:
+    """Composes before Hydra does, so that an unknown knob is answered with the nearest ones."""
+    try:
+        own = [text for text in first_of_sweeps(overrides) if not text.lstrip("+~").startswith("hydra")]
+        compose(config_name, own)
+    except UserError as error:
+        _exit_if_users(error)
+
+
+def _exit_if_users(error: BaseException) -> None:
+    """Ends the process with the message where the error, or one that caused it, is the user's to mend."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, UserError | MisconfigurationException | OmegaConfBaseException):
+            sys.stderr.write(f"error: {str(cause).strip()}\n")
+            raise SystemExit(1) from None
+        cause = cause.__cause__ or cause.__context__
+
+
+def _quiet() -> None:
+    """Leaves out the libraries' notices that say nothing to the user of a command."""
+    for text in (
+        ".*does not have many workers.*",
+        ".*treespec.*is deprecated.*",
+        ".*lr_scheduler.step.*before.*optimizer.step.*",
+        ".*Found .* module.* in eval mode.*",
+        ".*Trying to infer the `batch_size`.*",
+    ):
+        warnings.filterwarnings("ignore", text)

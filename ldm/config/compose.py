@@ -1,0 +1,120 @@
+"""Composition: from a command's overrides to one configuration, with errors that name the nearest knobs."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, cast
+
+import hydra
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException, OverrideParseException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from ldm.errors import UserError, nearest
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+
+
+def compose(config_name: str, overrides: list[str]) -> DictConfig:
+    """The configuration that the command `config_name` gets from these overrides; UserError for unknown ones."""
+    try:
+        return _compose(config_name, overrides)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(_explain(error, config_name, overrides)) from error
+
+
+def parse(overrides: list[str]) -> list[Override]:
+    """The overrides, parsed; UserError where one is not of the form name=value."""
+    for text in overrides:
+        if "=" not in text and not text.startswith("~"):
+            raise UserError(f"{text!r}: expected name=value, for example experiment=quickstart")
+    try:
+        return OverridesParser.create().parse_overrides(overrides)
+    except OverrideParseException as error:
+        raise UserError(f"an override can't be read: {_first_line(error)}") from error
+
+
+def first_of_sweeps(overrides: list[str]) -> list[str]:
+    """The overrides with each sweep (`lr=1e-4,2e-4`) replaced by its first value."""
+    return [
+        f"{o.get_key_element()}={next(iter(o.sweep_string_iterator()))}" if o.is_sweep_override() else text
+        for o, text in zip(parse(overrides), overrides, strict=True)
+    ]
+
+
+def names(node: Any, prefix: str = "") -> Iterator[str]:
+    """The dotted names of everything in a configuration."""
+    if isinstance(node, DictConfig) and not node._is_none() and not node._is_missing():
+        for name in node:
+            yield f"{prefix}{name}"
+            yield from names(node._get_node(name), f"{prefix}{name}.")
+
+
+def register_resolvers() -> None:
+    """Makes `${run_dir:...}` and `${multiply:...}` known to OmegaConf."""
+    OmegaConf.register_new_resolver("run_dir", _run_dir, replace=True)
+    OmegaConf.register_new_resolver("multiply", lambda a, b: a * b, replace=True)
+
+
+def _compose(config_name: str, overrides: list[str]) -> DictConfig:
+    register_resolvers()
+    before = GlobalHydra.instance().hydra
+    GlobalHydra.instance().clear()
+    try:
+        with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
+            return hydra.compose(config_name, overrides=overrides)
+    finally:
+        GlobalHydra.instance().hydra = before
+
+
+def _explain(error: Exception, config_name: str, overrides: list[str]) -> str:
+    """What is wrong with the overrides, with the nearest names; Hydra's own first line where nothing fits."""
+    parsed = parse(overrides)
+    groups = {str(p.relative_to(CONFIGS)): p for p in CONFIGS.rglob("*") if p.is_dir()}
+    for override in parsed:
+        group = cast(str, override.key_or_group).split("@")[0]
+        if group in groups:
+            options = [str(f.relative_to(groups[group]).with_suffix("")) for f in groups[group].rglob("*.yaml")]
+            given = str(override.value())
+            if given not in (*options, "null", "None"):
+                return f"{group}={given}: there is no such {group}; {nearest(given, options)}"
+    kept = [text for o, text in zip(parsed, overrides, strict=True) if o.key_or_group in groups]
+    try:
+        known = {*names(_compose(config_name, kept)), *groups}
+    except (HydraException, OmegaConfBaseException):
+        return _first_line(error)
+    for override, text in zip(parsed, overrides, strict=True):
+        name = cast(str, override.key_or_group)
+        if not text.startswith(("+", "hydra.")) and name not in known:
+            return f"{name}: there is no such knob; {_nearest_knob(name, known)}"
+    return _first_line(error)
+
+
+def _nearest_knob(name: str, known: set[str]) -> str:
+    """The nearest names, those with the same last part first."""
+    same = sorted(k for k in known if k.split(".")[-1] == name.split(".")[-1])
+    return f"did you mean {', '.join(same[:3])}?" if same else nearest(name, known)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]
+
+
+def _run_dir(root: str, name: str, time: str, resume: str | None) -> str:
+    """The run's folder: a new one, or with resume=auto the newest there is, or with resume=PATH that one's."""
+    fresh = os.path.join(root, name, time)
+    if resume is None:
+        return fresh
+    if resume == "auto":
+        runs = [folder for folder in Path(root, name).glob("*") if (folder / ".hydra").is_dir()]
+        return str(max(runs, key=lambda folder: folder.name)) if runs else fresh
+    path = Path(resume).absolute()
+    for folder in (path, *list(path.parents)[:3]):
+        if (folder / ".hydra").is_dir():
+            return os.path.relpath(folder)
+    return fresh  # train.py then refuses the path
+
+

@@ -1,0 +1,1 @@
+"""Image-caption shards to batches: pack -> index -> plan -> fetch, over webdataset tar files."""

@@ -1,0 +1,19 @@
+"""A training batch, and the same type for validation."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Batch(NamedTuple):
+    """What one rank trains on in one micro-step. B is the micro-batch; moving it moves every tensor."""
+
+    images: Tensor  # [B, 3, H, W] float32 in [-1, 1]
+    fields: dict[str, list[str]]  # "caption" and whatever other text a conditioner asks for, B entries each
+    samples: Tensor  # [B] int64, the sample's index in the manifest
+    keys: Tensor  # [B] int64, the address (seed, step, position in the global batch) of its noise
+    step: int  # the optimizer step that this batch belongs to, from 0
+    original_size: Tensor  # [B, 2] int64, height and width of the stored picture
+    crop: Tensor  # [B, 2] int64, top and left of the crop in the resized picture
+    bad: Sequence[tuple[int, str]] = ()  # (index, reason) of each sample that had to be replaced

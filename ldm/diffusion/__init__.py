@@ -1,0 +1,1 @@
+"""The mathematics: noise levels, what a network predicts, and the loss that trains it."""

@@ -1,0 +1,20 @@
+"""What a user can cause: one error type, and the nearest names to offer."""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class UserError(ValueError):
+    """An error that the user can mend; its message says what was given, what is allowed, what to do.
+
+    The commands print the message alone and end with exit status 1; a library caller sees a ValueError.
+    """
+
+
+def nearest(name: str, allowed: Iterable[str], n: int = 3) -> str:
+    """The allowed names closest to `name`, as a sentence: "did you mean a, b?", or the whole list."""
+    names = sorted(set(allowed))
+    close = get_close_matches(name, names, n=n, cutoff=0.5)
+    if close:
+        return f"did you mean {', '.join(close)}?"
+    return f"allowed: {', '.join(names)}" if names else "nothing is allowed here"

@@ -1,0 +1,158 @@
+"""The first stage: encoder, bottleneck, decoder and the statistics of its latents."""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Self
+
+import torch
+from torch import Tensor, nn
+
+from ldm.errors import UserError
+from ldm.first_stage.bottleneck import Bottleneck, Bottlenecked
+from ldm.networks.autoencoder import Decoder, Encoder
+
+
+class Reconstruction(NamedTuple):
+    """What a first stage makes of images in training."""
+
+    images: Tensor  # [B, 3, H, W], in about [-1, 1]
+    bottlenecked: Bottlenecked
+
+
+class FirstStage(nn.Module):
+    """Images [B, 3, H, W] in [-1, 1] to latents [B, C, H / factor, W / factor] and back.
+
+    Args:
+        encoder, bottleneck, decoder: the three parts.
+        latent_channels: C.
+        quant_conv: whether 1x1 convolutions stand before the bottleneck and before the decoder, as in LDM.
+        latent_mean, latent_std: the statistics that `encode` normalises by, a number or one per channel.
+            SD 1's scale factor 0.18215 is latent_std = 1 / 0.18215. They are buffers,
+            so a checkpoint carries them, and they stay float32 whatever the weights are cast to.
+    """
+
+    latent_mean: Tensor
+    latent_std: Tensor
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        bottleneck: Bottleneck,
+        decoder: Decoder,
+        latent_channels: int,
+        quant_conv: bool = True,
+        latent_mean: float | Sequence[float] = 0.0,
+        latent_std: float | Sequence[float] = 1.0,
+    ) -> None:
+        super().__init__()
+        features = bottleneck.in_factor * latent_channels
+        if encoder.factor != decoder.factor:
+            raise UserError(
+                f"the encoder divides the size by {encoder.factor}, the decoder multiplies by "
+                f"{decoder.factor}; give both the same number of channel_mult entries"
+            )
+        if not quant_conv and (encoder.out_channels, decoder.in_channels) != (features, latent_channels):
+            raise UserError(
+                f"without quant_conv the encoder needs out_channels={features} (it has "
+                f"{encoder.out_channels}), the decoder in_channels={latent_channels} ({decoder.in_channels})"
+            )
+        self.latent_channels = latent_channels
+        self.factor = encoder.factor
+        self.encoder = encoder
+        self.quant_conv = nn.Conv2d(encoder.out_channels, features, 1) if quant_conv else nn.Identity()
+        self.bottleneck = bottleneck
+        self.post_quant_conv = (
+            nn.Conv2d(latent_channels, decoder.in_channels, 1) if quant_conv else nn.Identity()
+        )
+        self.decoder = decoder
+        self.register_buffer("latent_mean", torch.zeros(latent_channels, dtype=torch.float32))
+        self.register_buffer("latent_std", torch.ones(latent_channels, dtype=torch.float32))
+        self.set_statistics(latent_mean, latent_std)
+
+    @property
+    def last_layer(self) -> Tensor:
+        """The decoder's last weight, where the adversarial weight is measured."""
+        return self.decoder.conv_out.weight
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The floating point type of the weights."""
+        return self.last_layer.dtype
+
+    def forward(self, images: Tensor, noise: Tensor | None = None) -> Reconstruction:
+        """The training path: images through all parts; noise [B, C, h, w] samples a KL posterior."""
+        bottlenecked: Bottlenecked = self.bottleneck(self._features(images), noise)
+        return Reconstruction(self._images(bottlenecked.z), bottlenecked)
+
+    def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Normalised latents [B, C, h, w], float32, of images [B, 3, H, W] in [-1, 1].
+
+        Without noise [B, C, h, w] a KL posterior gives its mean. Gradients and autocast are the caller's.
+        """
+        z = self.bottleneck.latents(self._features(images), noise)
+        return (z.to(torch.float32) - self._wide(self.latent_mean)) / self._wide(self.latent_std)
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Images [B, 3, H, W], in about [-1, 1] and not clamped, of normalised latents [B, C, h, w]."""
+        z = z.to(torch.float32) * self._wide(self.latent_std) + self._wide(self.latent_mean)
+        return self._images(self.bottleneck.finish(z))
+
+    def check_size(self, height: int, width: int) -> None:
+        """Raises UserError where images of this size have no latents of whole size."""
+        if height < 1 or width < 1 or height % self.factor or width % self.factor:
+            near = [max(1, round(side / self.factor)) * self.factor for side in (height, width)]
+            raise UserError(
+                f"images of {height}x{width} do not divide by the first stage's factor {self.factor}; "
+                f"the nearest size that does is {near[0]}x{near[1]}"
+            )
+
+    def set_statistics(
+        self, mean: float | Sequence[float] | Tensor, std: float | Sequence[float] | Tensor
+    ) -> None:
+        """Sets the mean and standard deviation of the raw latents, a number or one per channel."""
+        for name, value, buffer in (("mean", mean, self.latent_mean), ("std", std, self.latent_std)):
+            given = torch.as_tensor(value, dtype=torch.float32, device="cpu")
+            if given.shape not in {(), (1,), buffer.shape}:
+                raise UserError(
+                    f"latent_{name} has {given.numel()} entries; give one number or {self.latent_channels}"
+                )
+            if not given.isfinite().all() or (name == "std" and not (given > 0).all()):
+                raise UserError(f"latent_{name}={given.tolist()}: it has to be finite, and std above 0")
+            buffer.copy_(given)
+
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits of a SHA-256 over the weights and statistics.
+
+        Cached latents carry it. A cast changes the weights, so take it before casting.
+        """
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.state_dict().items()):
+            digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+    def _features(self, images: Tensor) -> Tensor:
+        """The bottleneck's input [B, in_factor * C, h, w]."""
+        self.check_size(images.shape[-2], images.shape[-1])
+        features: Tensor = self.quant_conv(self.encoder(images.to(self.dtype)))
+        return features
+
+    def _images(self, z: Tensor) -> Tensor:
+        """The decoder's images [B, 3, H, W] of raw latents [B, C, h, w]."""
+        images: Tensor = self.decoder(self.post_quant_conv(z.to(self.dtype)))
+        return images
+
+    @staticmethod
+    def _wide(statistic: Tensor) -> Tensor:
+        return statistic[None, :, None, None]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Moves and casts as any module, but keeps the statistics in float32."""
+        kept = self.latent_mean, self.latent_std
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        moved = [
+            new if old.is_meta or new.is_meta else old.to(new.device)
+            for old, new in zip(kept, (self.latent_mean, self.latent_std), strict=True)
+        ]
+        self.latent_mean, self.latent_std = moved
+        return self

@@ -1,0 +1,240 @@
+"""The UNet of latent diffusion: Stable Diffusion 1, 2 and XL by constructor arguments."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ldm.errors import UserError
+from ldm.networks.attention import SpatialTransformer, head_count
+from ldm.networks.blocks import (
+    Downsample,
+    ResBlock,
+    Upsample,
+    group_norm,
+    per_level,
+    sinusoidal_embedding,
+    zero_,
+)
+
+
+class Block(nn.Module):
+    """A residual block, followed by a transformer on the levels that have attention.
+
+    With `checkpointing` the backward pass computes it again instead of keeping its activations.
+    """
+
+    def __init__(self, res: ResBlock, attention: SpatialTransformer | None, checkpointing: bool) -> None:
+        super().__init__()
+        self.res = res
+        self.attention = attention
+        self.checkpointing = checkpointing
+
+    def forward(self, x: Tensor, emb: Tensor, tokens: Tensor | None, mask: Tensor | None) -> Tensor:
+        """[B, C_in, h, w] to [B, C_out, h, w]."""
+        if self.checkpointing and torch.is_grad_enabled():
+            recomputed: Tensor = checkpoint(self._block, x, emb, tokens, mask, use_reentrant=False)
+            return recomputed
+        return self._block(x, emb, tokens, mask)
+
+    def _block(self, x: Tensor, emb: Tensor, tokens: Tensor | None, mask: Tensor | None) -> Tensor:
+        h: Tensor = self.res(x, emb)
+        return h if self.attention is None else self.attention(h, tokens, mask)
+
+
+class DownLevel(nn.Module):
+    """The blocks at one resolution on the way down, and the halving after them (None at the end)."""
+
+    def __init__(self, blocks: list[Block], downsample: Downsample | None) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+        self.downsample = downsample
+
+    def forward(self, h: Tensor, emb: Tensor, tokens: Tensor | None, mask: Tensor | None) -> list[Tensor]:
+        """Every feature map that the way up will need; the last one goes on."""
+        outputs = []
+        for block in self.blocks:
+            h = block(h, emb, tokens, mask)
+            outputs.append(h)
+        if self.downsample is not None:
+            outputs.append(self.downsample(h))
+        return outputs
+
+
+class UpLevel(nn.Module):
+    """The blocks at one resolution on the way up, and the doubling after them (None at the end)."""
+
+    def __init__(self, blocks: list[Block], upsample: Upsample | None) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+        self.upsample = upsample
+
+    def forward(
+        self, h: Tensor, skips: list[Tensor], emb: Tensor, tokens: Tensor | None, mask: Tensor | None
+    ) -> Tensor:
+        """[B, C, h, w] at the next resolution; takes the feature maps it uses off the end of `skips`."""
+        for block in self.blocks:
+            h = block(torch.cat([h, skips.pop()], dim=1), emb, tokens, mask)
+        return h if self.upsample is None else self.upsample(h, skips[-1].shape[-2:])
+
+
+class UNet(nn.Module):
+    """What the network predicts [B, out_channels, h, w] of noisy latents, their time and a condition.
+
+    Args:
+        in_channels: channels of x and `concat` together.
+        out_channels: channels of the prediction.
+        model_channels: width of the first level; level i has model_channels * channel_mult[i].
+        channel_mult: one factor per level; each further level halves the resolution.
+        num_res_blocks: blocks on each level's way down (one more on its way up); a number, or one per level.
+        attention_levels: which levels have transformers. The middle always has one.
+        transformer_depth: transformer blocks per transformer, a number or one per level. The middle takes
+            the last entry.
+        num_heads, head_channels: one of the two: a fixed number of heads, or of channels per head.
+        context_dim: width of the tokens; None for an unconditional model (self-attention only).
+        linear_projections: projections of the transformers as linear layers (SD 2, SDXL).
+        vector_dim: width of the vector condition, added to the time embedding (SDXL's `adm_in_channels`).
+        scale_shift: the embedding scales and shifts the norm in the residual blocks instead of being added.
+        dropout: in the residual blocks.
+        groups: of the group norms; the greatest common divisor with the channels is taken.
+        gradient_checkpointing: recompute each block in the backward pass: less memory, about 1.3 the time.
+
+    Source: Rombach et al. 2022 (LDM), the `openaimodel.UNetModel` of its code. SD 1.x:
+    `UNet(4, 4, 320, (1, 2, 4, 4), 2, (True, True, True, False), num_heads=8, context_dim=768)`.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        model_channels: int,
+        channel_mult: Sequence[int],
+        num_res_blocks: int | Sequence[int],
+        attention_levels: Sequence[bool],
+        num_heads: int | None = None,
+        head_channels: int | None = None,
+        context_dim: int | None = None,
+        transformer_depth: int | Sequence[int] = 1,
+        linear_projections: bool = False,
+        vector_dim: int | None = None,
+        scale_shift: bool = False,
+        dropout: float = 0.0,
+        groups: int = 32,
+        gradient_checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        levels = len(channel_mult)
+        self.in_channels = in_channels
+        self.out_channels = out_channels
+        self.model_channels = model_channels
+        self.context_dim = context_dim
+        self.vector_dim = vector_dim
+        widths = [model_channels * mult for mult in channel_mult]
+        res_blocks = per_level(num_res_blocks, levels, "num_res_blocks")
+        depths = per_level(transformer_depth, levels, "transformer_depth")
+        attended = per_level(attention_levels, levels, "attention_levels")
+        emb_channels = 4 * model_channels
+
+        def block(ins: int, outs: int, depth: int) -> Block:
+            """A block with a transformer of `depth` blocks, 0 for none."""
+            transformer = None
+            if depth:
+                heads = head_count(outs, num_heads, head_channels)
+                transformer = SpatialTransformer(outs, heads, depth, context_dim, linear_projections, groups)
+            res = ResBlock(ins, outs, emb_channels, scale_shift, dropout, groups)
+            return Block(res, transformer, gradient_checkpointing)
+
+        self.time_embed = _mlp(model_channels, emb_channels)
+        self.vector_embed = None if vector_dim is None else _mlp(vector_dim, emb_channels)
+        self.conv_in = nn.Conv2d(in_channels, model_channels, 3, padding=1)
+
+        channels = model_channels
+        skips = [channels]  # channels of every feature map that the way up concatenates
+        self.down = nn.ModuleList()
+        for i, width in enumerate(widths):
+            blocks = []
+            for _ in range(res_blocks[i]):
+                blocks.append(block(channels, width, depths[i] * attended[i]))
+                channels = width
+                skips.append(channels)
+            downsample = Downsample(channels) if i < levels - 1 else None
+            skips += [channels] if downsample else []
+            self.down.append(DownLevel(blocks, downsample))
+
+        self.middle = nn.ModuleList([block(channels, channels, depths[-1]), block(channels, channels, 0)])
+
+        self.up = nn.ModuleList()  # coarsest level first
+        for i in reversed(range(levels)):
+            blocks = []
+            for _ in range(res_blocks[i] + 1):
+                blocks.append(block(channels + skips.pop(), widths[i], depths[i] * attended[i]))
+                channels = widths[i]
+            self.up.append(UpLevel(blocks, Upsample(channels) if i else None))
+
+        self.norm_out = group_norm(channels, groups)
+        self.conv_out = nn.Conv2d(channels, out_channels, 3, padding=1)
+        self._zero_outputs()
+
+    def _zero_outputs(self) -> None:
+        """Every residual branch starts as the identity and the prediction as zero."""
+        zero_(self.conv_out)
+        for module in self.modules():
+            if isinstance(module, ResBlock):
+                zero_(module.conv_2)
+            elif isinstance(module, SpatialTransformer):
+                zero_(module.proj_out)
+
+    def forward(
+        self,
+        x: Tensor,
+        t: Tensor,
+        tokens: Tensor | None = None,
+        mask: Tensor | None = None,
+        vector: Tensor | None = None,
+        concat: Tensor | None = None,
+    ) -> Tensor:
+        """The prediction [B, out_channels, h, w].
+
+        x [B, C, h, w] noisy latents; t [B] network times in [0, 1000]; tokens [B, L, context_dim]; mask
+        [B, L] bool, True = attend; vector [B, vector_dim]; concat [B, in_channels - C, h, w].
+        """
+        self._check(tokens, vector)
+        h = x if concat is None else torch.cat([x, concat], dim=1)
+        emb = self._embedding(t, vector, h.dtype)
+        attend = None if mask is None else mask[:, None, None, :]  # [B, 1, 1, L]
+
+        h = self.conv_in(h)
+        skips = [h]
+        for level in self.down:
+            skips += level(skips[-1], emb, tokens, attend)
+        h = skips[-1]
+        for block in self.middle:
+            h = block(h, emb, tokens, attend)
+        for level in self.up:
+            h = level(h, skips, emb, tokens, attend)
+        out: Tensor = self.conv_out(F.silu(self.norm_out(h)))
+        return out
+
+    def _embedding(self, t: Tensor, vector: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """The embedding [B, 4 model_channels] of time and vector, its SiLU applied."""
+        emb: Tensor = self.time_embed(sinusoidal_embedding(t, self.model_channels).to(dtype))
+        if self.vector_embed is not None:
+            emb = emb + self.vector_embed(vector)
+        return F.silu(emb)
+
+    def _check(self, tokens: Tensor | None, vector: Tensor | None) -> None:
+        """Raises UserError where the condition is not the one that the network was built for."""
+        given = {"tokens": (tokens, self.context_dim), "vector": (vector, self.vector_dim)}
+        for name, (value, width) in given.items():
+            if (None if value is None else value.shape[-1]) != width:
+                shape = None if value is None else list(value.shape)
+                raise UserError(f"{name} of shape {shape} given; this UNet was built for a width of {width}")
+
+
+def _mlp(in_channels: int, out_channels: int) -> nn.Sequential:
+    """Linear, SiLU, linear: the embedding of time, and of a vector condition."""
+    return nn.Sequential(
+        nn.Linear(in_channels, out_channels), nn.SiLU(), nn.Linear(out_channels, out_channels)
+    )

@@ -1,0 +1,1 @@
+"""Training: LightningModules, callbacks and the curriculum; all of them receive built objects, never configs."""

@@ -1,0 +1,59 @@
+"""The second stage: conditional diffusion in the latents of a frozen first stage."""
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from ldm.data.batch import Batch
+from ldm.diffusion.loss import DenoisingLoss, DiffusionLoss
+from ldm.latent_diffusion import LatentDiffusion
+from ldm.training.module import MakeLRSchedule, MakeOptimizer, TrainingModule
+
+
+class DiffusionModule(TrainingModule):
+    """Trains the denoiser, and the conditioner where it is not frozen (Rombach et al. 2022, eq. 3)."""
+
+    kind = "diffusion"
+
+    def __init__(
+        self,
+        latent_diffusion: LatentDiffusion,
+        loss: DiffusionLoss,
+        optimizer: MakeOptimizer,
+        lr_schedule: MakeLRSchedule | None = None,
+        seed: int = 0,
+    ) -> None:
+        """Takes finished parts; `optimizer` makes an optimizer from parameters, `lr_schedule` from an optimizer."""
+        super().__init__(seed)
+        self.latent_diffusion = latent_diffusion
+        self.loss = loss
+        self.make_optimizer = optimizer
+        self.make_lr_schedule = lr_schedule
+
+    def model(self) -> nn.Module:
+        return self.latent_diffusion
+
+    def setup(self, stage: str) -> None:
+        """Refuses a picture size that the first stage can't divide, before anything runs."""
+        size = getattr(getattr(self.trainer, "datamodule", None), "size", None)
+        if size is not None:
+            self.latent_diffusion.first_stage.check_size(*size)
+
+    def denoising_loss(self, batch: Batch, conditioning_dropout: bool) -> DenoisingLoss:
+        """The loss of a batch; times, noise and caption dropout come from the batch's keys."""
+        model = self.latent_diffusion
+        z0 = model.latents(batch.images, batch.keys)
+        condition = model.conditioner(batch.fields, batch.keys if conditioning_dropout else None)
+        return self.loss(model.denoiser, z0, condition.inputs(), batch.keys)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        result = self.denoising_loss(batch, conditioning_dropout=True)
+        self.log_train({"loss": result.loss.detach()}, len(batch.images))
+        return result.loss
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        result = self.denoising_loss(batch, conditioning_dropout=False)
+        self.log("val/loss", result.loss, batch_size=len(batch.images), sync_dist=True, prog_bar=True)
+
+    def configure_optimizers(self) -> Any:
+        return self.configure_with(self.make_optimizer, self.make_lr_schedule, self.parameters())

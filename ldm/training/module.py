@@ -1,0 +1,57 @@
+"""What the first and the second stage's LightningModules share."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+
+from ldm.data.datamodule import ShardDataModule
+from ldm.randomness import key
+
+MakeOptimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
+MakeLRSchedule = Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler]
+
+
+class TrainingModule(pl.LightningModule):
+    """A LightningModule whose randomness has an address and whose data order follows the optimizer's steps."""
+
+    kind: str
+    """What the finished model is: "first_stage" or "diffusion"."""
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__()
+        self.seed = seed
+
+    def model(self) -> nn.Module:
+        """The part that is exported when training is over."""
+        raise NotImplementedError
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """The model's trainable parameters by name: those that are averaged and handed on."""
+        return {name: p for name, p in self.model().named_parameters() if p.requires_grad}
+
+    def finish(self, datamodule: ShardDataModule) -> dict[str, Any]:
+        """Completes the model after the last step (EMA weights are in); returns facts for its record."""
+        return {}
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Gives dropout inside the networks the address (seed, micro step, rank)."""
+        torch.manual_seed(key(self.seed, "network", batch_idx, self.global_rank) & 0x7FFFFFFFFFFFFFFF)
+
+    def log_train(self, values: dict[str, Tensor | float], batch_size: int) -> None:
+        """Logs scalars of a training step under `train/`."""
+        self.log_dict({f"train/{k}": v for k, v in values.items()}, batch_size=batch_size)
+
+    def configure_with(
+        self, make_optimizer: MakeOptimizer, make_lr_schedule: MakeLRSchedule | None, parameters: Iterable[nn.Parameter]
+    ) -> dict[str, Any]:
+        """Lightning's dictionary for one optimizer and its schedule, which advances every step."""
+        optimizer = make_optimizer([p for p in parameters if p.requires_grad])
+        if make_lr_schedule is None:
+            return {"optimizer": optimizer}
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": make_lr_schedule(optimizer), "interval": "step"},
+        }

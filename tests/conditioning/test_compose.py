@@ -1,0 +1,45 @@
+"""Two text encoders joined as SDXL joins its two."""
+
+import pytest
+import torch
+
+from ldm.conditioning import Compose, TextConditioner
+from ldm.errors import UserError
+from ldm.randomness import keys
+
+FIELDS = {"caption": ["a red circle", "a blue square"]}
+
+
+def test_tokens_and_vectors_stand_side_by_side(make_encoder, tokenizer):
+    small = TextConditioner(make_encoder(0, 16), tokenizer, layer=-2, final_norm=False, mask=True)
+    large = TextConditioner(
+        make_encoder(1, 24), tokenizer, layer=-2, final_norm=False, mask=True, pooled=True
+    )
+    both = Compose([small, large])(FIELDS)
+    assert torch.equal(both.tokens, torch.cat([small(FIELDS).tokens, large(FIELDS).tokens], dim=2))
+    assert torch.equal(both.vector, large(FIELDS).vector)
+    assert torch.equal(both.mask, small(FIELDS).mask)
+    assert Compose([small, large]).empty(5).tokens.shape == (5, 77, 40)
+
+
+def test_an_encoder_that_attends_to_padding_decides_the_mask(make_encoder, tokenizer):
+    masked = TextConditioner(make_encoder(), tokenizer, mask=True)
+    assert Compose([masked, TextConditioner(make_encoder(), tokenizer)])(FIELDS).mask is None
+
+
+def test_one_field_is_dropped_in_all_parts_together(make_encoder, tokenizer):
+    parts = [TextConditioner(make_encoder(seed), tokenizer, dropout=0.5) for seed in (0, 1)]
+    fields = {"caption": ["a red circle"] * 12}
+    tokens = Compose(parts)(fields, keys(3, count=12)).tokens
+    empty = Compose(parts).empty(12).tokens
+    first, second = torch.isclose(tokens, empty, atol=1e-5).all(dim=1).split(16, dim=1)
+    assert torch.equal(first.all(dim=1), second.all(dim=1))
+    assert 0 < first.all(dim=1).sum() < 12
+
+
+def test_parts_that_do_not_fit_are_refused(make_encoder, tokenizer):
+    parts = [TextConditioner(make_encoder(), tokenizer, max_length=length) for length in (8, 77)]
+    with pytest.raises(UserError, match=r"\[8, 77\]"):
+        Compose(parts)(FIELDS)
+    with pytest.raises(UserError, match="at least one"):
+        Compose([])

@@ -1,0 +1,188 @@
+"""Checkpoint files: whole or absent, refused when unsafe, the newest whole one found."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from ldm import checkpoint
+from ldm.errors import UserError
+
+TENSORS = {"b": torch.arange(6.0).view(2, 3), "a": torch.tensor([1, 2], dtype=torch.int64)}
+
+
+def cut(path, share=0.6):
+    """The file as a full disk or an interrupted copy leaves it."""
+    size = path.stat().st_size
+    with open(path, "r+b") as file:
+        file.truncate(int(size * share))
+
+
+def temporaries(folder):
+    return list(folder.glob(".*"))
+
+
+def test_tensors_and_metadata_come_back(tmp_path):
+    path = tmp_path / "new" / "weights.safetensors"
+    tied = torch.randn(4)
+    tensors = {**TENSORS, "x": tied, "y": tied, "t": TENSORS["b"].T, "scalar": torch.tensor(3.0).bfloat16()}
+    checkpoint.save_tensors(path, tensors, {"step": "12"})
+    loaded, metadata = checkpoint.load_tensors(path)
+    assert metadata == {"step": "12"}
+    assert loaded.keys() == tensors.keys()
+    assert all(torch.equal(loaded[name], tensors[name]) for name in tensors)
+    assert loaded["scalar"].dtype == torch.bfloat16
+
+
+def test_plain_objects_come_back(tmp_path):
+    plain = {"step": 3, "names": ["a", "b"], "lr": 1e-4, "none": None}
+    checkpoint.save_torch(tmp_path / "x.ckpt", {"model": TENSORS, "plain": plain})
+    loaded = checkpoint.load_torch(tmp_path / "x.ckpt")
+    assert torch.equal(loaded["model"]["b"], TENSORS["b"])
+    assert loaded["plain"] == plain
+
+
+class Payload:
+    """Unpickled without care, it runs a command."""
+
+    def __reduce__(self):
+        return os.mkdir, (os.environ["PAYLOAD_FOLDER"],)
+
+
+def test_a_pickle_that_would_run_code_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("PAYLOAD_FOLDER", str(tmp_path / "owned"))
+    checkpoint.save_torch(tmp_path / "x.ckpt", {"state_dict": TENSORS, "extra": Payload()})
+    with pytest.raises(UserError, match="save its weights alone"):
+        checkpoint.load_torch(tmp_path / "x.ckpt")
+    assert not (tmp_path / "owned").exists()
+
+
+def test_damaged_and_foreign_files_are_named(tmp_path):
+    weights, state = tmp_path / "w.safetensors", tmp_path / "s.ckpt"
+    for share in (0.9, 0.3, 0.0):
+        checkpoint.save_tensors(weights, {"w": torch.zeros(1000)})
+        checkpoint.save_torch(state, {"w": torch.zeros(1000)})
+        cut(weights, share)
+        cut(state, share)
+        with pytest.raises(UserError, match=r"w\.safetensors is not a whole"):
+            checkpoint.load_tensors(weights)
+        with pytest.raises(UserError, match=r"s\.ckpt"):
+            checkpoint.load_torch(state)
+    (tmp_path / "text").write_text("hello, this is no checkpoint at all")
+    for load in (checkpoint.load_tensors, checkpoint.load_torch):
+        with pytest.raises(UserError, match="text"):
+            load(tmp_path / "text")
+        with pytest.raises(UserError, match="no file at"):
+            load(tmp_path / "absent")
+
+
+def test_an_error_while_writing_leaves_the_old_file_and_nothing_else(tmp_path):
+    path = tmp_path / "x.txt"
+    path.write_text("old")
+    with pytest.raises(ZeroDivisionError), checkpoint.write_atomic(path) as temporary:
+        temporary.write_text("new")
+        raise ZeroDivisionError
+    assert path.read_text() == "old"
+    assert not temporaries(tmp_path)
+
+
+KILLED = """
+import os, signal, sys
+from ldm import checkpoint
+with checkpoint.write_atomic(sys.argv[1]) as temporary:
+    with open(temporary, "wb") as file:
+        file.write(b"half of the new")
+        file.flush()
+        os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_process_killed_while_writing_leaves_the_old_checkpoint(tmp_path):
+    path = tmp_path / "step=1.ckpt"
+    checkpoint.save_torch(path, {"step": 1})
+    ended = subprocess.run([sys.executable, "-c", KILLED, str(path)], check=False)
+    assert ended.returncode == -signal.SIGKILL
+    assert len(temporaries(tmp_path)) == 1  # the write had begun
+    assert checkpoint.load_torch(path) == {"step": 1}
+    assert checkpoint.find_latest(tmp_path) == path
+    os.utime(temporaries(tmp_path)[0], (0, 0))
+    checkpoint.keep_last(tmp_path, 1)
+    assert path.exists() and not temporaries(tmp_path)
+
+
+def test_the_written_file_has_the_permissions_of_any_new_file(tmp_path):
+    checkpoint.save_torch(tmp_path / "x.ckpt", {})
+    (tmp_path / "y").touch()
+    assert (tmp_path / "x.ckpt").stat().st_mode == (tmp_path / "y").stat().st_mode
+
+
+def make(folder, *names, save=checkpoint.save_torch):
+    for time, name in enumerate(names):
+        save(folder / name, {"w": torch.zeros(100)})
+        os.utime(folder / name, (time, time))
+
+
+def test_the_newest_is_by_number_whatever_the_copy_order(tmp_path):
+    make(tmp_path, "epoch=1-step=1000.ckpt", "epoch=0-step=900.ckpt", "epoch=0-step=90.ckpt")
+    steps = [path.stem.split("=")[-1] for path in checkpoint.checkpoints(tmp_path)]
+    assert steps == ["1000", "900", "90"]
+
+
+def test_the_newest_is_by_time_where_a_name_has_no_number(tmp_path):
+    make(tmp_path, "step=5.ckpt", "last.ckpt", "step=4.ckpt")
+    names = [path.stem for path in checkpoint.checkpoints(tmp_path)]
+    assert names == ["step=4", "last", "step=5"]
+
+
+@pytest.mark.parametrize("share", [0.99, 0.5, 0.0])
+def test_torn_checkpoints_are_skipped(tmp_path, share):
+    make(tmp_path, "step=1.ckpt", "step=2.ckpt")
+    make(tmp_path, "step=1.safetensors", "step=2.safetensors", save=checkpoint.save_tensors)
+    cut(tmp_path / "step=2.ckpt", share)
+    cut(tmp_path / "step=2.safetensors", share)
+    assert checkpoint.find_latest(tmp_path).name == "step=1.ckpt"
+    assert checkpoint.find_latest(tmp_path, "*.safetensors").name == "step=1.safetensors"
+
+
+def test_nothing_to_find(tmp_path):
+    assert checkpoint.find_latest(tmp_path) is None
+    assert checkpoint.find_latest(tmp_path / "absent") is None
+    (tmp_path / "step=1.ckpt").mkdir()
+    assert checkpoint.find_latest(tmp_path) is None
+
+
+def test_keep_last_keeps_the_newest_whole_ones(tmp_path):
+    make(tmp_path, *[f"step={step}.ckpt" for step in (1, 2, 3, 10, 11)])
+    cut(tmp_path / "step=11.ckpt")
+    checkpoint.keep_last(tmp_path, 2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step=10.ckpt", "step=11.ckpt", "step=3.ckpt"]
+    with pytest.raises(UserError, match="at least one"):
+        checkpoint.keep_last(tmp_path, 0)
+
+
+def test_sha256_is_the_standard_one(tmp_path):
+    (tmp_path / "x").write_bytes(b"abc")
+    assert checkpoint.sha256(tmp_path / "x").startswith("ba7816bf8f01cfea414140de5dae2223")
+
+
+def test_fingerprint_depends_on_names_types_shapes_and_bytes_alone():
+    base = checkpoint.fingerprint(TENSORS)
+    assert len(base) == 16 and int(base, 16) >= 0
+    assert checkpoint.fingerprint(dict(reversed(TENSORS.items()))) == base
+    trained = {"b": torch.nn.Parameter(TENSORS["b"].clone()), "a": TENSORS["a"]}
+    assert checkpoint.fingerprint(trained) == base
+    changed = TENSORS["b"].clone()
+    changed[1, 2] += 1e-6 * changed[1, 2]
+    others = [
+        {**TENSORS, "b": changed},
+        {**TENSORS, "b": TENSORS["b"].view(3, 2)},
+        {**TENSORS, "b": TENSORS["b"].view(torch.int32)},
+        {"c": TENSORS["b"], "a": TENSORS["a"]},
+        {**TENSORS, "e": torch.zeros(0)},
+        {**TENSORS, "s": torch.tensor(True)},
+        {**TENSORS, "s": torch.tensor(1.0, dtype=torch.bfloat16)},
+    ]
+    assert len({base, *map(checkpoint.fingerprint, others)}) == 1 + len(others)
