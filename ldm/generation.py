@@ -1,11 +1,16 @@
 """Generation: requests in, images out; the same for sample.py, for callbacks in training and for evaluation."""
 
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
+from ldm.checkpoint import write_atomic
 from ldm.errors import UserError
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.sampling.grid import Grid
@@ -95,3 +100,12 @@ class Generator:
         given = {name: [request.fields[name] for request in requests] for name in names}
         away = {name: [request.negative.get(name, "") for request in requests] for name in names}
         return self.conditioner(given, None).inputs(), self.conditioner(away, None).inputs()
+
+
+def save_image(image: Tensor, path: Path, facts: Mapping[str, object]) -> None:
+    """Writes an image [3, H, W] in [0, 1] as PNG, with `facts` as JSON in its text chunk `ldm`."""
+    pixels = (image.permute(1, 2, 0) * 255.0).round().to(torch.uint8).cpu().numpy()
+    text = PngInfo()
+    text.add_text("ldm", json.dumps(dict(facts)))
+    with write_atomic(path) as temporary:
+        Image.fromarray(pixels).save(temporary, format="PNG", pnginfo=text)

@@ -89,6 +89,21 @@ def test_an_error_while_writing_leaves_the_old_file_and_nothing_else(tmp_path):
     assert not temporaries(tmp_path)
 
 
+def test_a_reader_sees_the_old_file_or_the_new_one_and_the_bytes_are_on_disk_first(tmp_path, monkeypatch):
+    calls = []
+    for name in ("fsync", "replace"):
+        real = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *a, name=name, real=real: (calls.append(name), real(*a))[1])
+    path = tmp_path / "x.txt"
+    path.write_text("old")
+    with open(path) as reader:
+        with checkpoint.write_atomic(path) as temporary:
+            temporary.write_text("new")
+        assert reader.read() == "old"
+    assert path.read_text() == "new"
+    assert calls == ["fsync", "replace", "fsync"]  # the file, its name, the folder
+
+
 KILLED = """
 import os, signal, sys
 from ldm import checkpoint

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,7 +16,9 @@ from pytorch_lightning.loggers import CSVLogger
 
 from ldm.config.check import check
 from ldm.config.compose import names, parse
+from ldm.data.fetch import View
 from ldm.errors import UserError, nearest
+from ldm.generation import SamplingSettings
 from ldm.interop.model_folder import ModelFolder, find_model_folder
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.training.checkpointing import Checkpoints
@@ -128,7 +131,10 @@ def build_job(config: DictConfig, folder: Path, order: int, models: dict[str, Pa
     checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint.every_n_steps, config.checkpoint.keep)
     ema = EMA(config.ema.decay) if config.ema.decay is not None else None
     callbacks: list[pl.Callback] = [Progress(config.stage), *([ema] if ema else []), checkpoints]
-    trainer = build(config.trainer)(callbacks=callbacks, logger=_loggers(config, folder))
+    make_trainer = build(config.trainer)
+    if not module.automatic_optimization:  # such a module clips by itself; Lightning refuses to
+        make_trainer = partial(make_trainer, gradient_clip_val=None)
+    trainer = make_trainer(callbacks=callbacks, logger=_loggers(config, folder))
     text = OmegaConf.to_yaml(config)
     if trainer.is_global_zero:
         folder.mkdir(parents=True, exist_ok=True)
@@ -211,11 +217,40 @@ def load_trained(checkpoint: str, weights: str, device: str) -> Trained:
     folder = find_model_folder(Path(checkpoint), "diffusion")
     config = cast(DictConfig, OmegaConf.create(folder.config_text))
     if folder.tokenizer is not None:
-        OmegaConf.update(config.tasks.diffusion, "latent_diffusion.conditioner", config.conditioner)
         _replace(config, str(config.tokenizer_path), str(folder.tokenizer))
     model = cast(LatentDiffusion, build(config.tasks.diffusion.latent_diffusion))
     load_strictly(model, folder.weights(weights), str(folder.path))
     return Trained(model.eval().requires_grad_(False).to(pick_device(device)), folder, config)
+
+
+def sampling_settings(cfg: DictConfig, guidance_scale: float) -> SamplingSettings:
+    """The sampler, grid, guidance and steps of sample.py's or evaluate.py's configuration."""
+    if cfg.steps < 1:
+        raise UserError(f"steps={cfg.steps}: expected 1 or more")
+    guidance = OmegaConf.merge(cfg.guidance, {"scale": float(guidance_scale)})
+    return SamplingSettings(build(cfg.sampler), build(cfg.grid), build(cast(DictConfig, guidance)), cfg.steps)
+
+
+def trained_size(trained: Trained, size: Any) -> tuple[int, int]:
+    """(height, width) in pixels: as given, a number or [height, width], else what the model was trained at."""
+    height, width = View.of(trained.config.data.size if size is None else size).size
+    trained.model.first_stage.check_size(height, width)
+    return height, width
+
+
+def read_prompts(prompt: str | None, prompts: str | None) -> list[str]:
+    """The prompts: the one that is given, or the lines of a file; UserError for none or both."""
+    if (prompt is None) == (prompts is None):
+        raise UserError('give either prompt="..." or prompts=FILE (one prompt a line)')
+    if prompt is not None:
+        return [str(prompt)]
+    path = Path(str(prompts))
+    if not path.is_file():
+        raise UserError(f"prompts={path}: there is no such file")
+    lines = [line.strip() for line in path.read_text().splitlines() if line.strip()]
+    if not lines:
+        raise UserError(f"prompts={path}: the file has no prompts; write one a line")
+    return lines
 
 
 def pick_device(device: str) -> torch.device:

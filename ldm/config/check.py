@@ -17,7 +17,7 @@ def check(node: Any, path: str = "") -> None:
     if isinstance(node, ListConfig):
         for i, part in enumerate(node):
             check(part, f"{path}[{i}]")
-    if not isinstance(node, DictConfig) or OmegaConf.is_missing({"node": node}, "node") or node._is_none():
+    if not isinstance(node, DictConfig) or node._is_none() or node._is_missing():
         return
     if "_target_" in node:
         _check_arguments(node, path)

@@ -1,5 +1,6 @@
 """Commands: a main function with Hydra's command line in front, and one clear message where it can't go on."""
 
+import logging
 import sys
 import warnings
 from collections.abc import Callable
@@ -64,11 +65,13 @@ def _exit_if_users(error: BaseException) -> None:
 
 def _quiet() -> None:
     """Leaves out the libraries' notices that say nothing to the user of a command."""
+    logging.getLogger("pytorch_lightning.utilities.rank_zero").addFilter(lambda record: "Tip:" not in record.msg)
     for text in (
         ".*does not have many workers.*",
         ".*treespec.*is deprecated.*",
         ".*lr_scheduler.step.*before.*optimizer.step.*",
         ".*Found .* module.* in eval mode.*",
+        ".*smaller than the logging interval.*",
         ".*Trying to infer the `batch_size`.*",
     ):
         warnings.filterwarnings("ignore", text)

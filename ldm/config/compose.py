@@ -95,8 +95,8 @@ def _explain(error: Exception, config_name: str, overrides: list[str]) -> str:
 
 def _nearest_knob(name: str, known: set[str]) -> str:
     """The nearest names, those with the same last part first."""
-    same = sorted(k for k in known if k.split(".")[-1] == name.split(".")[-1])
-    return f"did you mean {', '.join(same[:3])}?" if same else nearest(name, known)
+    same = [k for k in known if k.split(".")[-1] == name.split(".")[-1]]
+    return nearest(name, same or known)
 
 
 def _first_line(error: Exception) -> str:

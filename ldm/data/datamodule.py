@@ -60,8 +60,9 @@ class ShardDataModule(pl.LightningDataModule):
     cache_gib      memory of each loader process for decoded pictures
     max_bad        the run ends when more than this share of the samples is bad
 
-    The training module calls `advance(steps)` after each optimizer step with the number of steps done: that
-    number is what a checkpoint keeps.
+    Training calls `advance(steps)` with the number of steps done after each optimizer step, before anything
+    saves a checkpoint: that number is what the checkpoint keeps. (A module's own `on_train_batch_end` is too
+    late, callbacks come before it.)
     """
 
     def __init__(
@@ -157,7 +158,7 @@ class ShardDataModule(pl.LightningDataModule):
         return trainer.global_rank, trainer.world_size, accumulation
 
     def advance(self, steps: int) -> None:
-        """Notes that `steps` optimizer steps are done; called by the training module after each."""
+        """Notes that `steps` optimizer steps are done; called after each, before a checkpoint."""
         self.steps_done = steps
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
@@ -178,7 +179,7 @@ class ShardDataModule(pl.LightningDataModule):
     def state_dict(self) -> dict[str, Any]:
         """The optimizer steps done, and what the order depends on."""
         if self.trainer is not None and self.trainer.global_step > 0 and self.steps_done == 0:
-            raise RuntimeError("the training module must call datamodule.advance(steps) after each step")
+            raise RuntimeError("training must call datamodule.advance(steps) before it saves")
         return {"step": self.steps_done, **self._order()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -24,7 +24,7 @@ from pathlib import Path
 from PIL import Image
 from tqdm import tqdm
 
-from ldm.data.fetch import cover
+from ldm.data.picture import cover
 from ldm.data.shards import write_shard
 from ldm.data.source import Entry, read_source
 from ldm.errors import UserError

@@ -37,7 +37,7 @@ COLUMNS: dict[str, type[np.generic]] = {
 }
 
 
-class TornTar(Exception):  # noqa: N818 - a finding, not an error
+class TornTar(Exception):
     """A tar file that ends or stops making sense before its end-of-archive block."""
 
 

@@ -54,8 +54,8 @@ def agreement(what: Combination, seen: Sequence[Seen]) -> dict[str, bool]:
 class Alignment(Metric):
     """The share of pictures that show each attribute of their captions (`agreement`), and `all` of them.
 
-    The state is a count, so it adds up exactly over batches and processes. `n` says how many captions speak of
-    each attribute, which `ldm.evaluation.protocol.wilson` needs for an interval.
+    The state is a count, so it adds up exactly over batches and processes. `n` says how many captions speak
+    of each attribute, which `ldm.evaluation.protocol.wilson` needs for an interval.
     """
 
     is_differentiable = False
@@ -71,7 +71,7 @@ class Alignment(Metric):
             self.add_state(name, torch.zeros(len(ATTRIBUTES), dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, images: Tensor, captions: Sequence[str]) -> None:
-        """Counts a batch: images [B, 3, H, H] in [0, 1] and captions that `ldm.data.shapes` could have written."""
+        """Counts a batch: images [B, 3, H, H] in [0, 1] and captions as `ldm.data.shapes` writes them."""
         if images.ndim != 4 or images.shape[1] != 3 or images.shape[2] != images.shape[3]:
             raise UserError(f"alignment reads square pictures [B, 3, H, H], not {list(images.shape)}")
         if len(images) != len(captions):

@@ -1,12 +1,12 @@
 """The first stage: encoder, bottleneck, decoder and the statistics of its latents."""
 
-import hashlib
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 
+from ldm.checkpoint import fingerprint
 from ldm.errors import UserError
 from ldm.first_stage.bottleneck import Bottleneck, Bottlenecked
 from ldm.networks.autoencoder import Decoder, Encoder
@@ -121,15 +121,11 @@ class FirstStage(nn.Module):
             buffer.copy_(given)
 
     def fingerprint(self) -> str:
-        """16 hexadecimal digits of a SHA-256 over the weights and statistics.
+        """16 hexadecimal digits that identify the weights and statistics; cached latents carry them.
 
-        Cached latents carry it. A cast changes the weights, so take it before casting.
+        A cast changes the weights, so take it before casting.
         """
-        digest = hashlib.sha256()
-        for name, tensor in sorted(self.state_dict().items()):
-            digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()[:16]
+        return fingerprint(self.state_dict())
 
     def _features(self, images: Tensor) -> Tensor:
         """The bottleneck's input [B, in_factor * C, h, w]."""

@@ -3,10 +3,9 @@
 from pathlib import Path
 from typing import Self
 
-import torch
 from torch import Tensor, nn
 
-from ldm.errors import UserError
+from ldm.checkpoint import load_tensors, load_torch
 
 
 class FrozenNetwork(nn.Module):
@@ -30,13 +29,7 @@ class FrozenNetwork(nn.Module):
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """The state dict in a `.safetensors` or torch file, on the CPU; UserError where there is no file."""
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"no weights at {path}; give the path of a .pth or .safetensors file")
-    if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
-        return load_file(path)
-    state: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
+    """The state dict in a `.safetensors` or torch file, on the CPU; UserError where it cannot be read."""
+    state: dict[str, Tensor]
+    state = load_tensors(path)[0] if str(path).endswith(".safetensors") else load_torch(path)
     return state

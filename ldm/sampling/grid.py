@@ -39,8 +39,8 @@ class Leading(Grid):
         if not isinstance(schedule, Discrete):
             raise UserError("grid=leading needs a discrete schedule; use grid=trailing or grid=uniform_log_snr")
         stride = len(schedule) // steps
-        times = torch.arange(steps - 1, -1, -1, dtype=torch.float64) * stride + self.offset
-        times = times.clamp(max=schedule.t_max)
+        offset = min(self.offset, schedule.t_max - (steps - 1) * stride)
+        times = torch.arange(steps - 1, -1, -1, dtype=torch.float64) * stride + offset
         last = schedule.t_min if times[-1] > schedule.t_min else schedule.t_clean
         return torch.cat([times, times.new_tensor([last])])
 

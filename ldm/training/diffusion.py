@@ -35,9 +35,7 @@ class DiffusionModule(TrainingModule):
 
     def setup(self, stage: str) -> None:
         """Refuses a picture size that the first stage can't divide, before anything runs."""
-        size = getattr(getattr(self.trainer, "datamodule", None), "size", None)
-        if size is not None:
-            self.latent_diffusion.first_stage.check_size(*size)
+        self.check_size(self.latent_diffusion.first_stage)
 
     def denoising_loss(self, batch: Batch, conditioning_dropout: bool) -> DenoisingLoss:
         """The loss of a batch; times, noise and caption dropout come from the batch's keys."""

@@ -50,9 +50,7 @@ class FirstStageModule(TrainingModule):
 
     def setup(self, stage: str) -> None:
         """Refuses what would fail later: a size that does not divide, Lightning's own accumulation."""
-        size = getattr(getattr(self.trainer, "datamodule", None), "size", None)
-        if size is not None:
-            self.first_stage.check_size(*size)
+        self.check_size(self.first_stage)
         if self.trainer.accumulate_grad_batches != 1:
             raise UserError(
                 f"trainer.accumulate_grad_batches={self.trainer.accumulate_grad_batches}: the first stage "

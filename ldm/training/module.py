@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from ldm.data.datamodule import ShardDataModule
+from ldm.data.fetch import View
+from ldm.first_stage.autoencoder import FirstStage
 from ldm.randomness import key
 
 MakeOptimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
@@ -35,6 +37,12 @@ class TrainingModule(pl.LightningModule):
     def finish(self, datamodule: ShardDataModule) -> dict[str, Any]:
         """Completes the model after the last step (EMA weights are in); returns facts for its record."""
         return {}
+
+    def check_size(self, first_stage: FirstStage) -> None:
+        """Raises UserError where the first stage can't divide the size of the pictures."""
+        datamodule = getattr(self.trainer, "datamodule", None)
+        if isinstance(datamodule, ShardDataModule):
+            first_stage.check_size(*View.of(datamodule.size).size)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Gives dropout inside the networks the address (seed, micro step, rank)."""

@@ -90,6 +90,8 @@ def test_frozen_stays_in_eval_without_gradients_and_trained_has_them(make_encode
     assert trained.encoder.training
     trained(FIELDS).tokens.square().sum().backward()
     assert all(p.grad is not None for p in trained.encoder.parameters())
+    with torch.no_grad():
+        assert not trained(FIELDS).tokens.requires_grad
     assert trained.eval().encoder.training is False
 
 

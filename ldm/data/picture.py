@@ -1,0 +1,77 @@
+"""Encoded pictures to pixels: decoding within bounds, transparency, orientation, resizing. Knows no torch."""
+
+import io
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+
+Pixels = NDArray[np.uint8]
+
+MAX_bytes = 64 << 20
+MAX_pixels = 1 << 26
+DRAFT = 2  # a JPEG is decoded at a reduced scale that is still this many times the wanted size
+WHITE = (255, 255, 255)
+
+
+class BadSample(Exception):
+    """A sample that cannot be used; the text is the reason, one of a few."""
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    """The picture as 8-bit RGB, transparency on white."""
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image
+    if image.mode.startswith("I"):  # 16-bit grey
+        grey = np.asarray(image).astype(np.int64) >> 8
+        return Image.fromarray(grey.clip(0, 255).astype(np.uint8)).convert("RGB")
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        layers = image.convert("RGBA")
+        flat = Image.new("RGB", layers.size, WHITE)
+        flat.paste(layers, mask=layers.getchannel("A"))
+        return flat
+    return image.convert("RGB")
+
+
+def decode(data: bytes, size: tuple[int, int]) -> tuple[Pixels, tuple[int, int]]:
+    """(pixels, original size) of an encoded picture, resized so that it just covers (height, width).
+
+    A picture that already fits is not resampled; others by Lanczos, a much larger JPEG after decoding at a
+    reduced scale. The orientation in EXIF is applied. Raises BadSample.
+    """
+    if not data:
+        raise BadSample("empty picture")
+    if len(data) > MAX_bytes:
+        raise BadSample("too many bytes")
+    try:
+        image, original = _open(data, size)
+        image.load()  # a cut file fails here
+        image = _rgb(image)
+    except BadSample:
+        raise
+    except Exception as error:  # Pillow raises many kinds for broken files
+        raise BadSample("corrupt picture") from error
+    return np.asarray(cover(image, size)), original
+
+
+def _open(data: bytes, size: tuple[int, int]) -> tuple[Image.Image, tuple[int, int]]:
+    """The picture upright, undecoded where nothing needs its pixels yet, and its (height, width) upright."""
+    image: Image.Image = Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP"))
+    original = (image.height, image.width)
+    if original[0] * original[1] > MAX_pixels:
+        raise BadSample("too many pixels")
+    if image.format in ("JPEG", "MPO"):
+        side = DRAFT * max(size)
+        image.draft(None, (side, side))
+        if "exif" in image.info and (orientation := image.getexif().get(0x0112, 1)) != 1:
+            image = ImageOps.exif_transpose(image)
+            original = original[::-1] if orientation in (5, 6, 7, 8) else original
+    return image, original
+
+
+def cover(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """The picture resized so that it just covers (height, width); the same object where it does already."""
+    height, width = size
+    scale = max(height / image.height, width / image.width)
+    fitted = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))
+    return image if fitted == image.size else image.resize(fitted, Image.Resampling.LANCZOS)

@@ -1,0 +1,134 @@
+"""The UNet: published parameter counts, its start at zero, conditions, sizes and checkpointing."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from ldm.errors import UserError
+from ldm.networks.unet import UNet
+
+SD1: dict[str, Any] = dict(
+    in_channels=4,
+    out_channels=4,
+    model_channels=320,
+    channel_mult=(1, 2, 4, 4),
+    num_res_blocks=2,
+    attention_levels=(True, True, True, False),
+    num_heads=8,
+    context_dim=768,
+)
+SD2 = SD1 | dict(num_heads=None, head_channels=64, context_dim=1024, linear_projections=True)
+SDXL = SD2 | dict(
+    channel_mult=(1, 2, 4),
+    attention_levels=(False, True, True),
+    transformer_depth=(1, 2, 10),
+    context_dim=2048,
+    vector_dim=2816,
+)
+REFINER = SD2 | dict(
+    model_channels=384,
+    attention_levels=(False, True, True, False),
+    transformer_depth=4,
+    context_dim=1280,
+    vector_dim=2560,
+)
+
+
+def tiny(**changes: Any) -> UNet:
+    """A UNet of two levels whose output is not zero."""
+    torch.manual_seed(0)
+    arguments: dict[str, Any] = dict(
+        in_channels=4,
+        out_channels=4,
+        model_channels=16,
+        channel_mult=(1, 2),
+        num_res_blocks=1,
+        attention_levels=(False, True),
+        head_channels=8,
+        context_dim=12,
+        groups=8,
+    )
+    unet = UNet(**(arguments | changes))
+    for parameter in unet.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    return unet
+
+
+@pytest.mark.parametrize(
+    ("arguments", "count"),
+    [
+        (SD1, 859_520_964),
+        (SD1 | {"in_channels": 9}, 859_535_364),
+        (SD2, 865_910_724),
+        (SDXL, 2_567_463_684),
+        (REFINER, 2_259_526_660),
+    ],
+    ids=["sd1", "sd1-inpainting", "sd2", "sdxl-base", "sdxl-refiner"],
+)
+def test_published_parameter_counts(arguments: dict[str, Any], count: int) -> None:
+    with torch.device("meta"):
+        unet = UNet(**arguments)
+    assert sum(p.numel() for p in unet.parameters()) == count
+
+
+def test_a_fresh_unet_predicts_zero() -> None:
+    unet = UNet(4, 4, 16, (1, 2), 1, (True, True), num_heads=2, context_dim=12, groups=8)
+    out = unet(torch.randn(2, 4, 8, 8), torch.tensor([3.0, 700.0]), torch.randn(2, 5, 12))
+    assert out.abs().max() == 0
+    assert all((b.res.conv_2.weight == 0).all() for level in unet.down for b in level.blocks)
+
+
+@pytest.mark.parametrize("size", [(8, 8), (9, 7), (5, 12)])
+def test_any_size_comes_back(size: tuple[int, int]) -> None:
+    unet = tiny(channel_mult=(1, 2, 2), attention_levels=(False, True, False))
+    out = unet(torch.randn(1, 4, *size), torch.zeros(1), torch.randn(1, 3, 12))
+    assert out.shape == (1, 4, *size)
+
+
+def test_every_input_matters() -> None:
+    unet = tiny(in_channels=6, vector_dim=5)
+    given = {
+        "x": torch.randn(2, 4, 8, 8),
+        "t": torch.tensor([10.0, 500.0]),
+        "tokens": torch.randn(2, 3, 12),
+        "vector": torch.randn(2, 5),
+        "concat": torch.randn(2, 2, 8, 8),
+    }
+    out = unet(**given)
+    for name, value in given.items():
+        assert not torch.allclose(out, unet(**(given | {name: value + 1.0})), atol=1e-4), name
+
+
+def test_a_mask_hides_tokens_as_if_they_were_not_there() -> None:
+    unet = tiny()
+    x, t, tokens = torch.randn(1, 4, 8, 8), torch.zeros(1), torch.randn(1, 5, 12)
+    mask = torch.tensor([[True, True, True, False, False]])
+    torch.testing.assert_close(unet(x, t, tokens, mask), unet(x, t, tokens[:, :3]))
+
+
+def test_unconditional_and_scale_shift() -> None:
+    unet = tiny(context_dim=None, scale_shift=True, num_res_blocks=(1, 2))
+    assert unet(torch.randn(2, 4, 8, 8), torch.zeros(2)).shape == (2, 4, 8, 8)
+
+
+def test_checkpointing_changes_neither_output_nor_gradient() -> None:
+    inputs = torch.randn(2, 4, 8, 8), torch.tensor([1.0, 2.0]), torch.randn(2, 3, 12)
+    gradients = []
+    for checkpointing in (False, True):
+        unet = tiny(gradient_checkpointing=checkpointing)
+        unet(*inputs).square().mean().backward()
+        gradients.append([p.grad for p in unet.parameters()])
+    for plain, recomputed in zip(*gradients, strict=True):
+        torch.testing.assert_close(plain, recomputed)
+
+
+def test_a_condition_of_another_width_is_refused() -> None:
+    unet = tiny()
+    x, t = torch.randn(1, 4, 8, 8), torch.zeros(1)
+    with pytest.raises(UserError, match="tokens of shape None given; this UNet was built for a width of 12"):
+        unet(x, t)
+    with pytest.raises(UserError, match=r"tokens of shape \[1, 3, 768\]"):
+        unet(x, t, torch.randn(1, 3, 768))
+    with pytest.raises(UserError, match="vector of shape"):
+        unet(x, t, torch.randn(1, 3, 12), vector=torch.randn(1, 5))
