@@ -54,10 +54,10 @@ format: $(VENV)/stamp-test
 	$(BIN)/ruff format .
 
 test: lint
-	$(BIN)/python -m pytest -q -n $(JOBS)
+	$(BIN)/python -m pytest -n $(JOBS)
 
 test-slow: lint
-	$(BIN)/python -m pytest -q -n $(JOBS) -m "slow or not slow"
+	$(BIN)/python -m pytest -n $(JOBS) -m "slow or not slow"
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

@@ -50,9 +50,7 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def save_tensors(
-    path: PathLike, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
-) -> None:
+def save_tensors(path: PathLike, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Write named tensors and string metadata as one safetensors file, atomically.
 
     Tensors that share memory (tied weights) are written once each.

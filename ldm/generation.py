@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -82,7 +83,7 @@ class Generator:
         size: tuple[int, int],
         settings: SamplingSettings,
         batch_size: int = 16,
-        on_step: Callable[[int], None] = lambda images: None,
+        on_step: Callable[[int], object] = lambda images: None,
     ) -> Iterator[Tensor]:
         """Images [3, H, W] in [0, 1] in the order of the requests, made `batch_size` at a time.
 
@@ -92,14 +93,17 @@ class Generator:
             raise UserError(f"batch_size={batch_size}: expected 1 or more")
         for first in range(0, len(requests), batch_size):
             part = requests[first : first + batch_size]
-            images = self.batch(part, size, settings, lambda done, n=len(part): on_step(n))  # type: ignore[misc]
-            yield from images.cpu()
+            yield from self.batch(part, size, settings, partial(_tell, on_step, len(part))).cpu()
 
     def _conditions(self, requests: Sequence[Request]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         names = requests[0].fields.keys()
         given = {name: [request.fields[name] for request in requests] for name in names}
         away = {name: [request.negative.get(name, "") for request in requests] for name in names}
         return self.conditioner(given, None).inputs(), self.conditioner(away, None).inputs()
+
+
+def _tell(on_step: Callable[[int], object], images: int, done: int) -> None:
+    on_step(images)
 
 
 def save_image(image: Tensor, path: Path, facts: Mapping[str, object]) -> None:

@@ -94,9 +94,7 @@ class TextConditioner(Conditioner):
     def forward(self, fields: Fields, keys: Tensor | None = None) -> Condition:
         """The captions' condition, see Conditioner.forward; UserError where the field is missing."""
         if self.field not in fields:
-            raise UserError(
-                f"the batch has no field {self.field!r} to condition on ({nearest(self.field, fields)})"
-            )
+            raise UserError(f"the batch has no field {self.field!r} to condition on ({nearest(self.field, fields)})")
         captions = list(fields[self.field])
         if keys is not None and self.dropout > 0:
             drop = dropped(keys, self.field, self.dropout).tolist()
@@ -146,17 +144,13 @@ class TextConditioner(Conditioner):
         return [*ids[: self.max_length - 1], cast(int, self.tokenizer.eos_token_id)]
 
 
-def _check(
-    config: CLIPTextConfig, tokenizer: CLIPTokenizer, dropout: float, layer: int, max_length: int
-) -> None:
+def _check(config: CLIPTextConfig, tokenizer: CLIPTokenizer, dropout: float, layer: int, max_length: int) -> None:
     if not 0 <= dropout <= 1:
         raise UserError(f"dropout={dropout} is not a probability: give a number from 0 to 1")
     if not -config.num_hidden_layers <= layer <= -1:
         raise UserError(f"layer={layer}: the text encoder has layers -{config.num_hidden_layers} to -1")
     if not 2 <= max_length <= config.max_position_embeddings:
-        raise UserError(
-            f"max_length={max_length}: the text encoder takes 2 to {config.max_position_embeddings} tokens"
-        )
+        raise UserError(f"max_length={max_length}: the text encoder takes 2 to {config.max_position_embeddings} tokens")
     if len(tokenizer) > config.vocab_size:
         raise UserError(
             f"the tokenizer has {len(tokenizer)} tokens, the text encoder knows {config.vocab_size}: "

@@ -1,7 +1,7 @@
 """From a composed configuration to built objects: the stages of a launch, and a trained model read back."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,9 +15,11 @@ from omegaconf.errors import OmegaConfBaseException
 from pytorch_lightning.loggers import CSVLogger
 
 from ldm.config.check import check
-from ldm.config.compose import names, parse
+from ldm.config.compose import CONFIGS, names, parse
 from ldm.data.fetch import View
 from ldm.errors import UserError, nearest
+from ldm.evaluation.evaluate import ReferenceSet
+from ldm.evaluation.measures import Measure
 from ldm.generation import SamplingSettings
 from ldm.interop.model_folder import ModelFolder, find_model_folder
 from ldm.latent_diffusion import LatentDiffusion
@@ -55,7 +57,11 @@ def stage_config(cfg: DictConfig, stage: str, overrides: list[str]) -> DictConfi
     merged = cast(DictConfig, OmegaConf.merge(root, difference))
     for override in parse(overrides):
         name = str(override.key_or_group)
-        if name in known and not name.startswith(("curriculum", "hydra")) and not isinstance(root.get(name), DictConfig):
+        if (
+            name in known
+            and not name.startswith(("curriculum", "hydra"))
+            and not isinstance(root.get(name), DictConfig)
+        ):
             OmegaConf.update(merged, name, OmegaConf.select(cfg, name))
     merged.stage = stage
     return merged
@@ -130,7 +136,9 @@ def build_job(config: DictConfig, folder: Path, order: int, models: dict[str, Pa
 
     checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint.every_n_steps, config.checkpoint.keep)
     ema = EMA(config.ema.decay) if config.ema.decay is not None else None
-    callbacks: list[pl.Callback] = [Progress(config.stage), *([ema] if ema else []), checkpoints]
+    callbacks: list[pl.Callback] = [*([ema] if ema else []), checkpoints]
+    if config.trainer.enable_progress_bar:
+        callbacks.append(Progress(config.stage))
     make_trainer = build(config.trainer)
     if not module.automatic_optimization:  # such a module clips by itself; Lightning refuses to
         make_trainer = partial(make_trainer, gradient_clip_val=None)
@@ -236,6 +244,32 @@ def trained_size(trained: Trained, size: Any) -> tuple[int, int]:
     height, width = View.of(trained.config.data.size if size is None else size).size
     trained.model.first_stage.check_size(height, width)
     return height, width
+
+
+def measures(metrics: Sequence[str], options: DictConfig) -> list[Measure]:
+    """The measures with the given names of configs/metric, with the options given for each."""
+    known = [path.stem for path in sorted((CONFIGS / "metric").glob("*.yaml"))]
+    for name in [*metrics, *(str(option) for option in options)]:
+        if name not in known:
+            raise UserError(f"metrics: there is no metric {name!r}; {nearest(name, known)}")
+    nodes = {name: OmegaConf.load(CONFIGS / "metric" / f"{name}.yaml") for name in metrics}
+    return [build(cast(DictConfig, OmegaConf.merge(node, options.get(name, {})))) for name, node in nodes.items()]
+
+
+def evaluation_sets(trained: Trained, data: Any, size: tuple[int, int], n: int) -> list[ReferenceSet]:
+    """The sets to evaluate on: one of the model's own by name, other shards, or all of the model's own."""
+    if n < 2:
+        raise UserError(f"n={n}: a distance and an interval need at least 2 pictures")
+    own: dict[str, Any] = OmegaConf.to_container(trained.config.evaluation.sets)  # type: ignore[assignment]
+    if data is None:
+        chosen = own
+    elif data in own:
+        chosen = {data: own[data]}
+    elif isinstance(data, str) and not Path(data).exists() and "{" not in data:
+        raise UserError(f"data={data}: neither a set of the model nor shards; {nearest(data, own)}")
+    else:
+        chosen = {"data": OmegaConf.to_container(data) if OmegaConf.is_config(data) else data}
+    return [ReferenceSet(name, shards, size, n) for name, shards in chosen.items()]
 
 
 def read_prompts(prompt: str | None, prompts: str | None) -> list[str]:

@@ -23,7 +23,7 @@ def check(node: Any, path: str = "") -> None:
         _check_arguments(node, path)
     for name in node:
         if not OmegaConf.is_missing(node, name):
-            check(node[name], f"{path}.{name}" if path else str(name))
+            check(node[name], f"{path}.{name!s}" if path else str(name))
 
 
 def locate(target: str) -> Callable[..., Any]:

@@ -6,9 +6,9 @@ import warnings
 from collections.abc import Callable
 
 import hydra
+from lightning_fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
-from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from ldm.config.compose import CONFIGS, compose, first_of_sweeps, register_resolvers
 from ldm.errors import UserError

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import hydra
 from hydra.core.global_hydra import GlobalHydra
@@ -49,8 +49,8 @@ def names(node: Any, prefix: str = "") -> Iterator[str]:
     """The dotted names of everything in a configuration."""
     if isinstance(node, DictConfig) and not node._is_none() and not node._is_missing():
         for name in node:
-            yield f"{prefix}{name}"
-            yield from names(node._get_node(name), f"{prefix}{name}.")
+            yield f"{prefix}{name!s}"
+            yield from names(node._get_node(name), f"{prefix}{name!s}.")
 
 
 def register_resolvers() -> None:
@@ -75,7 +75,7 @@ def _explain(error: Exception, config_name: str, overrides: list[str]) -> str:
     parsed = parse(overrides)
     groups = {str(p.relative_to(CONFIGS)): p for p in CONFIGS.rglob("*") if p.is_dir()}
     for override in parsed:
-        group = cast(str, override.key_or_group).split("@")[0]
+        group = override.key_or_group.split("@")[0]
         if group in groups:
             options = [str(f.relative_to(groups[group]).with_suffix("")) for f in groups[group].rglob("*.yaml")]
             given = str(override.value())
@@ -87,7 +87,7 @@ def _explain(error: Exception, config_name: str, overrides: list[str]) -> str:
     except (HydraException, OmegaConfBaseException):
         return _first_line(error)
     for override, text in zip(parsed, overrides, strict=True):
-        name = cast(str, override.key_or_group)
+        name = override.key_or_group
         if not text.startswith(("+", "hydra.")) and name not in known:
             return f"{name}: there is no such knob; {_nearest_knob(name, known)}"
     return _first_line(error)
@@ -116,5 +116,3 @@ def _run_dir(root: str, name: str, time: str, resume: str | None) -> str:
         if (folder / ".hydra").is_dir():
             return os.path.relpath(folder)
     return fresh  # train.py then refuses the path
-
-

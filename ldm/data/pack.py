@@ -53,9 +53,7 @@ class Packing:
         if self.format is not None and self.format not in FORMATS:
             raise UserError(f"format must be one of {', '.join(FORMATS)}, got {self.format}")
         if self.shard_samples < 1 or (self.size is not None and self.size < 1):
-            raise UserError(
-                f"shard-samples and size must be at least 1, got {self.shard_samples} and {self.size}"
-            )
+            raise UserError(f"shard-samples and size must be at least 1, got {self.shard_samples} and {self.size}")
         if not 0 <= self.val_fraction < 1:
             raise UserError(f"val-fraction must be in [0, 1), got {self.val_fraction}")
         if self.background is not None:
@@ -187,9 +185,7 @@ def _claim(out: Path, entries: Sequence[Entry], packing: Packing) -> None:
     note = out / "pack.json"
     if note.is_file():
         if json.loads(note.read_text()) != facts:
-            raise UserError(
-                f"{out} holds shards of another packing; give an empty folder, or remove that one"
-            )
+            raise UserError(f"{out} holds shards of another packing; give an empty folder, or remove that one")
         return
     if any(out.glob("*.tar")) or any(out.glob("*/*.tar")):
         raise UserError(f"{out} holds shards already; give an empty folder")
@@ -267,12 +263,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """`python -m ldm.data.pack SOURCE OUT`; status 1 where nothing was packed or a picture was broken."""
     options = _parser().parse_args(arguments)
     try:
-        packing = Packing(
-            options.size, options.background, options.format, options.shard_samples, options.val_fraction
-        )
-        done = pack(
-            options.source, options.out, packing, options.caption_from, options.workers, progress=True
-        )
+        packing = Packing(options.size, options.background, options.format, options.shard_samples, options.val_fraction)
+        done = pack(options.source, options.out, packing, options.caption_from, options.workers, progress=True)
     except UserError as error:
         sys.stderr.write(f"{error}\n")
         return 1

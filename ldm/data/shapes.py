@@ -220,9 +220,7 @@ def _background(size: int, generator: np.random.Generator) -> Floats:
     return np.asarray(np.clip(pale + shade[..., None], 0.0, 255.0), dtype=np.float32)
 
 
-def _place(
-    combination: Combination, generator: np.random.Generator
-) -> list[tuple[str, str, float, float, float]]:
+def _place(combination: Combination, generator: np.random.Generator) -> list[tuple[str, str, float, float, float]]:
     """The objects of a picture: (colour, shape, x, y, radius), jittered."""
     if isinstance(combination, Single):
         x, y = np.array(POSITIONS[combination.position]) + generator.uniform(-0.03, 0.03, 2)
@@ -298,7 +296,7 @@ def _write_shard(path: Path, split: Split, indices: range, bar: "tqdm[Any]") -> 
     unfinished = path.with_suffix(".tmp")
     with unfinished.open("wb") as file, webdataset.TarWriter(file, encoder=False, mtime=0.0) as writer:
         for index in indices:
-            writer.write(split.sample(index))
+            writee(split.sample(index))
             bar.update()
     os.replace(unfinished, path)
 
@@ -311,9 +309,7 @@ def _claim(out: Path, parameters: dict[str, Any]) -> bool:
         if record.exists():
             found = json.loads(record.read_text())
             if found != parameters:
-                raise UserError(
-                    f"{out} holds shapes of other parameters ({found}); give another folder or remove it"
-                )
+                raise UserError(f"{out} holds shapes of other parameters ({found}); give another folder or remove it")
             return record == done
     if any(out.iterdir()):
         raise UserError(f"{out} is not empty and holds no shapes.json; give another folder")
@@ -333,9 +329,7 @@ def write(
     """Write the data set to OUT, going on where an earlier run stopped; False where it was complete."""
     if min(train, val, per_shard) < 1 or size < 16:
         given = f"train={train} val={val} per_shard={per_shard} size={size}"
-        raise UserError(
-            f"shapes need train, val and per_shard of at least 1 and size of at least 16; got {given}"
-        )
+        raise UserError(f"shapes need train, val and per_shard of at least 1 and size of at least 16; got {given}")
     parameters = {
         "recipe": RECIPE, "train": train, "val": val, "size": size, "seed": seed,
         "relations": relations, "per_shard": per_shard,

@@ -106,18 +106,12 @@ def _table(table: Path) -> Iterator[Entry]:
         for number, row in enumerate(rows, 1):
             lacking = [column for column in ("path", "caption") if column not in row]
             if lacking:
-                raise UserError(
-                    f"{table}, row {number} lacks {' and '.join(lacking)}; it has {', '.join(row)}"
-                )
+                raise UserError(f"{table}, row {number} lacks {' and '.join(lacking)}; it has {', '.join(row)}")
             path = table.parent / row["path"]
             if not path.is_file():
-                raise UserError(
-                    f"{table}, row {number}: {path} does not exist; paths are relative to the table"
-                )
+                raise UserError(f"{table}, row {number}: {path} does not exist; paths are relative to the table")
             facts = {name: value for name, value in row.items() if name not in ("path", "caption", None)}
-            yield Entry(
-                str(path), str(Path(row["path"]).with_suffix("")), (row["caption"] or "").strip(), facts
-            )
+            yield Entry(str(path), str(Path(row["path"]).with_suffix("")), (row["caption"] or "").strip(), facts)
 
 
 def _json_rows(lines: Iterator[str] | Any, table: Path) -> Iterator[dict[str, Any]]:

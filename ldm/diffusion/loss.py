@@ -33,9 +33,7 @@ class DiffusionLoss:
         self.time_density = time_density
         self.offset_noise = offset_noise
 
-    def __call__(
-        self, denoiser: Denoiser, x0: Tensor, inputs: dict[str, Tensor], keys: Tensor
-    ) -> DenoisingLoss:
+    def __call__(self, denoiser: Denoiser, x0: Tensor, inputs: dict[str, Tensor], keys: Tensor) -> DenoisingLoss:
         """The loss at x0 [B, C, h, w]; each sample's time and noise come from its key in keys [B]."""
         t = self.time_density(uniform(fold(keys, "time")), denoiser.schedule)
         eps = normal(fold(keys, "noise"), tuple(x0.shape[1:])).to(x0.dtype)

@@ -55,7 +55,7 @@ class Alignment(Metric):
     """The share of pictures that show each attribute of their captions (`agreement`), and `all` of them.
 
     The state is a count, so it adds up exactly over batches and processes. `n` says how many captions speak
-    of each attribute, which `ldm.evaluation.protocol.wilson` needs for an interval.
+    of each attribute, which `ldm.evaluation.interval.wilson` needs for an interval.
     """
 
     is_differentiable = False

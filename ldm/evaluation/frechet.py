@@ -150,9 +150,7 @@ class FrechetDistance(Metric):
     def _without(self, group: int | None) -> Statistics:
         """The statistics of all images but those of a group."""
         kept = torch.tensor([g != group for g in range(self.groups)], device=self.total.device)
-        return Statistics.from_sums(
-            int(self.count[kept].sum()), self.total[kept].sum(0), self.outer[kept].sum(0)
-        )
+        return Statistics.from_sums(int(self.count[kept].sum()), self.total[kept].sum(0), self.outer[kept].sum(0))
 
 
 @torch.inference_mode()
@@ -166,9 +164,7 @@ def statistics(images: Iterable[Tensor], features: Features) -> Statistics:
     return Statistics.from_sums(count, total, outer)
 
 
-def reference_statistics(
-    images: Iterable[Tensor], features: Features, cache_dir: str | Path, key: str
-) -> Statistics:
+def reference_statistics(images: Iterable[Tensor], features: Features, cache_dir: str | Path, key: str) -> Statistics:
     """The statistics of a reference set, from the cache or, the first time, from its images.
 
     `key` names the data and how they were prepared (fingerprint, split, size, crop); the network, its

@@ -61,9 +61,7 @@ class FirstStage(nn.Module):
         self.encoder = encoder
         self.quant_conv = nn.Conv2d(encoder.out_channels, features, 1) if quant_conv else nn.Identity()
         self.bottleneck = bottleneck
-        self.post_quant_conv = (
-            nn.Conv2d(latent_channels, decoder.in_channels, 1) if quant_conv else nn.Identity()
-        )
+        self.post_quant_conv = nn.Conv2d(latent_channels, decoder.in_channels, 1) if quant_conv else nn.Identity()
         self.decoder = decoder
         self.register_buffer("latent_mean", torch.zeros(latent_channels, dtype=torch.float32))
         self.register_buffer("latent_std", torch.ones(latent_channels, dtype=torch.float32))
@@ -106,16 +104,12 @@ class FirstStage(nn.Module):
                 f"the nearest size that does is {near[0]}x{near[1]}"
             )
 
-    def set_statistics(
-        self, mean: float | Sequence[float] | Tensor, std: float | Sequence[float] | Tensor
-    ) -> None:
+    def set_statistics(self, mean: float | Sequence[float] | Tensor, std: float | Sequence[float] | Tensor) -> None:
         """Sets the mean and standard deviation of the raw latents, a number or one per channel."""
         for name, value, buffer in (("mean", mean, self.latent_mean), ("std", std, self.latent_std)):
             given = torch.as_tensor(value, dtype=torch.float32, device="cpu")
             if given.shape not in {(), (1,), buffer.shape}:
-                raise UserError(
-                    f"latent_{name} has {given.numel()} entries; give one number or {self.latent_channels}"
-                )
+                raise UserError(f"latent_{name} has {given.numel()} entries; give one number or {self.latent_channels}")
             if not given.isfinite().all() or (name == "std" and not (given > 0).all()):
                 raise UserError(f"latent_{name}={given.tolist()}: it has to be finite, and std above 0")
             buffer.copy_(given)

@@ -61,9 +61,7 @@ def lpips_weights(path: str | Path | None = None) -> list[Tensor]:
     if path is None:
         found = find_spec("torchmetrics")
         if found is None or found.origin is None:
-            raise UserError(
-                "LPIPS' weights come with torchmetrics; run: pip install torchmetrics, or give a path"
-            )
+            raise UserError("LPIPS' weights come with torchmetrics; run: pip install torchmetrics, or give a path")
         path = Path(found.origin).parent / "functional" / "image" / "lpips_models" / "vgg.pth"
     state = read_weights(path)
     return [state[f"lin{i}.model.1.weight"].flatten() for i in range(5)]

@@ -1,10 +1,10 @@
 """The model folder: what a finished stage leaves behind, complete and without pickles.
 
-    model.json             the record: kind, stage, step, seconds, measurements, hashes of the files
-    config.yaml            the composed configuration that builds the model
-    weights.safetensors    the whole model, raw weights
-    ema.safetensors        the trained parameters' moving average, where one was kept
-    tokenizer/             the tokenizer, where the model has one of its own
+model.json             the record: kind, stage, step, seconds, measurements, hashes of the files
+config.yaml            the composed configuration that builds the model
+weights.safetensors    the whole model, raw weights
+ema.safetensors        the trained parameters' moving average, where one was kept
+tokenizer/             the tokenizer, where the model has one of its own
 """
 
 import json

@@ -24,9 +24,7 @@ DIM = 2048
 class Conv(nn.Conv2d):
     """A convolution with its batch norm folded in, then ReLU; "same" padding at stride 1 where `padded`."""
 
-    def __init__(
-        self, ins: int, outs: int, height: int, width: int = 0, stride: int = 1, padded: bool = True
-    ) -> None:
+    def __init__(self, ins: int, outs: int, height: int, width: int = 0, stride: int = 1, padded: bool = True) -> None:
         kernel = (height, width or height)
         padding = (kernel[0] // 2, kernel[1] // 2) if padded and stride == 1 else 0
         super().__init__(ins, outs, kernel, stride, padding)

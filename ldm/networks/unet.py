@@ -235,6 +235,4 @@ class UNet(nn.Module):
 
 def _mlp(in_channels: int, out_channels: int) -> nn.Sequential:
     """Linear, SiLU, linear: the embedding of time, and of a vector condition."""
-    return nn.Sequential(
-        nn.Linear(in_channels, out_channels), nn.SiLU(), nn.Linear(out_channels, out_channels)
-    )
+    return nn.Sequential(nn.Linear(in_channels, out_channels), nn.SiLU(), nn.Linear(out_channels, out_channels))

@@ -46,9 +46,7 @@ class VGG16(FrozenNetwork):
         theirs = sorted({int(k.split(".")[1]) for k in state if k.startswith("features.")})
         ours = [f"stages.{i}.{j}" for i, stage in enumerate(STAGES) for j in range(len(stage))]
         if len(theirs) != len(ours):
-            raise UserError(
-                f"{path} holds {len(theirs)} convolutions named features.N; VGG16 has {len(ours)}"
-            )
+            raise UserError(f"{path} holds {len(theirs)} convolutions named features.N; VGG16 has {len(ours)}")
         pairs = list(zip(ours, theirs, strict=True))
         network.load_state_dict(
             {f"{a}.{kind}": state[f"features.{b}.{kind}"] for a, b in pairs for kind in ("weight", "bias")}

@@ -2,8 +2,6 @@
 
 import signal
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -32,6 +30,7 @@ class Checkpoints(pl.Callback):
         self.keep = keep
         self.stopped_by: int | None = None
         self._signal: int | None = None
+        self._handlers: dict[signal.Signals, Any] = {}
         self._saved_step = -1
         self._seconds_before = 0.0
         self._started = time.monotonic()
@@ -61,23 +60,22 @@ class Checkpoints(pl.Callback):
             self.stopped_by = self._signal or signal.SIGTERM
             trainer.should_stop = True
 
-    @contextmanager
-    def listening(self) -> Iterator[None]:
-        """Takes SIGTERM and SIGINT as a request to save and stop, for the length of a `with` block."""
-        before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Takes SIGTERM and SIGINT as a request to save and stop; Lightning has put its own handlers by now."""
+        self._handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+        for number in self._handlers:
+            signal.signal(number, self._ask)
 
-        def ask(number: int, frame: FrameType | None) -> None:
-            if self._signal is not None and number == signal.SIGINT:
-                raise KeyboardInterrupt
-            self._signal = number
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Gives the signals back, however the run ended."""
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        self._handlers = {}
 
-        for number in before:
-            signal.signal(number, ask)
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        if self._signal is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self._signal = number
 
     def state_dict(self) -> dict[str, Any]:
         return {"train_seconds": self.train_seconds}

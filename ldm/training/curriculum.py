@@ -80,8 +80,7 @@ def run(stages: list[Stage], finished: dict[str, Path]) -> dict[str, Path]:
 def _train(stage: Stage, job: Job) -> None:
     latest = stage.resume_from or find_latest(stage.folder / "checkpoints", PATTERN)
     log.info("stage %s: %s", stage.name, f"goes on from {latest}" if latest else "starts")
-    with job.checkpoints.listening():
-        job.trainer.fit(job.module, datamodule=job.datamodule, ckpt_path=latest, weights_only=True)
+    job.trainer.fit(job.module, datamodule=job.datamodule, ckpt_path=latest, weights_only=True)
     if job.checkpoints.stopped_by is not None:
         name = signal.Signals(job.checkpoints.stopped_by).name
         raise Interrupted(

@@ -33,6 +33,9 @@ class DiffusionModule(TrainingModule):
     def model(self) -> nn.Module:
         return self.latent_diffusion
 
+    def compile_networks(self) -> None:
+        self.latent_diffusion.denoiser.network.compile()
+
     def setup(self, stage: str) -> None:
         """Refuses a picture size that the first stage can't divide, before anything runs."""
         self.check_size(self.latent_diffusion.first_stage)

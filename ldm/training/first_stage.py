@@ -48,6 +48,10 @@ class FirstStageModule(TrainingModule):
     def model(self) -> nn.Module:
         return self.first_stage
 
+    def compile_networks(self) -> None:
+        self.first_stage.encoder.compile()
+        self.first_stage.decoder.compile()
+
     def setup(self, stage: str) -> None:
         """Refuses what would fail later: a size that does not divide, Lightning's own accumulation."""
         self.check_size(self.first_stage)

@@ -1,6 +1,6 @@
 """What the first and the second stage's LightningModules share."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import pytorch_lightning as pl
@@ -30,6 +30,10 @@ class TrainingModule(pl.LightningModule):
         """The part that is exported when training is over."""
         raise NotImplementedError
 
+    def compile_networks(self) -> None:
+        """Compiles what is trained with torch.compile, in place."""
+        raise NotImplementedError
+
     def trained(self) -> dict[str, nn.Parameter]:
         """The model's trainable parameters by name: those that are averaged and handed on."""
         return {name: p for name, p in self.model().named_parameters() if p.requires_grad}
@@ -48,12 +52,15 @@ class TrainingModule(pl.LightningModule):
         """Gives dropout inside the networks the address (seed, micro step, rank)."""
         torch.manual_seed(key(self.seed, "network", batch_idx, self.global_rank) & 0x7FFFFFFFFFFFFFFF)
 
-    def log_train(self, values: dict[str, Tensor | float], batch_size: int) -> None:
+    def log_train(self, values: Mapping[str, Tensor | float], batch_size: int) -> None:
         """Logs scalars of a training step under `train/`."""
         self.log_dict({f"train/{k}": v for k, v in values.items()}, batch_size=batch_size)
 
     def configure_with(
-        self, make_optimizer: MakeOptimizer, make_lr_schedule: MakeLRSchedule | None, parameters: Iterable[nn.Parameter]
+        self,
+        make_optimizer: MakeOptimizer,
+        make_lr_schedule: MakeLRSchedule | None,
+        parameters: Iterable[nn.Parameter],
     ) -> dict[str, Any]:
         """Lightning's dictionary for one optimizer and its schedule, which advances every step."""
         optimizer = make_optimizer([p for p in parameters if p.requires_grad])

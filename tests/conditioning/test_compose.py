@@ -12,9 +12,7 @@ FIELDS = {"caption": ["a red circle", "a blue square"]}
 
 def test_tokens_and_vectors_stand_side_by_side(make_encoder, tokenizer):
     small = TextConditioner(make_encoder(0, 16), tokenizer, layer=-2, final_norm=False, mask=True)
-    large = TextConditioner(
-        make_encoder(1, 24), tokenizer, layer=-2, final_norm=False, mask=True, pooled=True
-    )
+    large = TextConditioner(make_encoder(1, 24), tokenizer, layer=-2, final_norm=False, mask=True, pooled=True)
     both = Compose([small, large])(FIELDS)
     assert torch.equal(both.tokens, torch.cat([small(FIELDS).tokens, large(FIELDS).tokens], dim=2))
     assert torch.equal(both.vector, large(FIELDS).vector)

@@ -56,8 +56,7 @@ def test_the_same_captions_in_any_order_give_the_same_files(captions, tokenizer_
 @pytest.mark.slow
 def test_another_process_with_threads_makes_the_same_files(captions, tokenizer_folder, tmp_path):
     program = (
-        "import sys; from ldm.conditioning import captions_tokenizer\n"
-        "captions_tokenizer(sys.argv[2:], sys.argv[1])"
+        "import sys; from ldm.conditioning import captions_tokenizer\ncaptions_tokenizer(sys.argv[2:], sys.argv[1])"
     )
     environment = {**os.environ, "RAYON_NUM_THREADS": "2", "TOKENIZERS_PARALLELISM": "true"}
     command = [sys.executable, "-c", program, str(tmp_path / "process"), *captions]

@@ -46,11 +46,7 @@ class Tiny(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         first = torch.optim.Adam(self.layer.parameters(), lr=0.1)
-        return (
-            first
-            if self.automatic_optimization
-            else [first, torch.optim.SGD(self.other.parameters(), lr=0.1)]
-        )
+        return first if self.automatic_optimization else [first, torch.optim.SGD(self.other.parameters(), lr=0.1)]
 
 
 class Keeper(pl.Callback):
@@ -60,9 +56,7 @@ class Keeper(pl.Callback):
         self.checkpoint = checkpoint
         self.stop_after = stop_after
 
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, module: Any, outputs: Any, batch: Batch, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: pl.Trainer, module: Any, outputs: Any, batch: Batch, batch_idx: int) -> None:
         if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
             trainer.datamodule.advance(batch.step + 1)
         if batch_idx + 1 == self.stop_after:
@@ -226,7 +220,5 @@ def _rank(rank: int, folder: str, out: str) -> None:
         "TORCHELASTIC_RUN_ID": "x",
     }
     torch.set_num_threads(1)
-    module = fit(
-        data(folder), Tiny(), Path(out) / "runs", devices=2, strategy="ddp_find_unused_parameters_true"
-    )
+    module = fit(data(folder), Tiny(), Path(out) / "runs", devices=2, strategy="ddp_find_unused_parameters_true")
     torch.save({"seen": module.seen, "weights": module.state_dict()}, f"{out}/rank{rank}.pt")

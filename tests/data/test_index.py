@@ -76,9 +76,7 @@ def test_processes_that_index_at_once_agree(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / ".index").iterdir()] == [made[0].folder.name]
 
 
-def test_many_bytes_are_read_by_processes_with_the_same_result(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_many_bytes_are_read_by_processes_with_the_same_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = shards(tmp_path, 30)
     alone = index_shards(folder, tmp_path / "one")
     monkeypatch.setattr(index, "POOL_bytes", 0)
@@ -88,9 +86,7 @@ def test_many_bytes_are_read_by_processes_with_the_same_result(
 def test_damage_is_refused_with_the_shard_and_what_to_do(tmp_path: Path) -> None:
     folder = shards(tmp_path, 30)
     cut(f"{folder}/00001.tar")
-    with pytest.raises(
-        UserError, match=r"(?s)1 of 3 shards are damaged:\n.*00001.tar: truncated.*allow_damaged"
-    ):
+    with pytest.raises(UserError, match=r"(?s)1 of 3 shards are damaged:\n.*00001.tar: truncated.*allow_damaged"):
         load_manifest(folder)
     assert 20 <= len(load_manifest(folder, allow_damaged=True)) < 30
 
@@ -107,9 +103,7 @@ def test_a_folder_that_cannot_be_written_is_the_users_error(tmp_path: Path) -> N
         index_shards(shards(tmp_path, 1), tmp_path / "file" / "below")
 
 
-def test_the_command_tells_counts_and_its_status_damage(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_command_tells_counts_and_its_status_damage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = shards(tmp_path / "s", 20)
     assert main([folder]) == 0
     told = capsys.readouterr().out.split()

@@ -1,4 +1,3 @@
-
 import pytest
 import torch
 
@@ -27,9 +26,7 @@ def test_a_batch_is_what_the_plan_says(fetcher: Fetcher) -> None:
 
 
 @pytest.mark.parametrize(("world", "accumulation"), [(2, 1), (1, 3), (2, 2), (12, 1)])
-def test_ranks_and_micro_steps_make_up_the_global_batch(
-    fetcher: Fetcher, world: int, accumulation: int
-) -> None:
+def test_ranks_and_micro_steps_make_up_the_global_batch(fetcher: Fetcher, world: int, accumulation: int) -> None:
     plan = Plan(50, 12, seed=4)
     ranks = [TrainBatches(fetcher, plan, 5, rank, world, accumulation) for rank in range(world)]
     alone = TrainBatches(fetcher, plan, 5)

@@ -118,9 +118,7 @@ def test_a_background_lies_under_transparency_only() -> None:
     stored = BytesIO()
     clear.save(stored, "WEBP", lossless=True)
     data, kind, _ = encode(stored.getvalue(), Packing(background="#00ff00"))
-    assert (
-        kind == "webp" and np.asarray(Image.open(BytesIO(data))).reshape(-1, 3).tolist() == [[0, 255, 0]] * 64
-    )
+    assert kind == "webp" and np.asarray(Image.open(BytesIO(data))).reshape(-1, 3).tolist() == [[0, 255, 0]] * 64
     opaque = picture(1)
     assert encode(opaque, Packing(background="white"))[0] == opaque
 
@@ -136,9 +134,9 @@ def test_lossless_formats_keep_the_pixels(form: str) -> None:
 @pytest.mark.parametrize("form", ["jpg", "png", "webp"])
 def test_every_kind_of_picture_can_be_stored(mode: str, form: str) -> None:
     stored = BytesIO()
-    Image.open(BytesIO(picture(3))).convert("RGBA").convert(mode if mode != "CMYK" else "RGB").convert(
-        mode
-    ).save(stored, "JPEG" if mode == "CMYK" else "PNG")
+    Image.open(BytesIO(picture(3))).convert("RGBA").convert(mode if mode != "CMYK" else "RGB").convert(mode).save(
+        stored, "JPEG" if mode == "CMYK" else "PNG"
+    )
     data, kind, size = encode(stored.getvalue(), Packing(size=8, format=form, background="white"))
     assert kind == form and size == (8, 8) and Image.open(BytesIO(data)).size == (8, 8)
 

@@ -52,11 +52,7 @@ def test_transparency_lies_on_white() -> None:
 
 @pytest.mark.parametrize("mode", ["L", "P", "1", "CMYK", "I;16"])
 def test_other_colours_become_rgb(mode: str) -> None:
-    grey = (
-        Image.new("L", (16, 16), 255)
-        if mode != "I;16"
-        else Image.fromarray(np.full((16, 16), 65535, np.uint16))
-    )
+    grey = Image.new("L", (16, 16), 255) if mode != "I;16" else Image.fromarray(np.full((16, 16), 65535, np.uint16))
     image = grey if mode == "I;16" else grey.convert("RGB").convert(mode)
     pixels, _ = decode(stored(image, "JPEG" if mode == "CMYK" else "PNG"), (16, 16))
     assert pixels.shape == (16, 16, 3) and (pixels == 255).all()

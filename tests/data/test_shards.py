@@ -41,9 +41,7 @@ def test_written_shards_are_read_by_webdataset(tmp_path: Path) -> None:
     folder = shards(tmp_path, 3)
     read = list(webdataset.WebDataset(expand(folder), shardshuffle=False))
     assert [entry["__key__"] for entry in read] == ["000000", "000001", "000002"]
-    assert [{k: v for k, v in entry.items() if k[0] != "_"} for entry in read] == [
-        sample(i)[1] for i in range(3)
-    ]
+    assert [{k: v for k, v in entry.items() if k[0] != "_"} for entry in read] == [sample(i)[1] for i in range(3)]
 
 
 def test_the_same_samples_give_the_same_bytes(tmp_path: Path) -> None:

@@ -83,9 +83,7 @@ def test_tables_that_do_not_fit_are_refused(tmp_path: Path, name: str, text: str
         read_source(tmp_path / name)
 
 
-@pytest.mark.parametrize(
-    "name", ["nocolon", "no.module:f", "ldm.data.source:nothing", "ldm.data.source:UserError.x"]
-)
+@pytest.mark.parametrize("name", ["nocolon", "no.module:f", "ldm.data.source:nothing", "ldm.data.source:UserError.x"])
 def test_functions_that_are_not_there_are_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(UserError, match="--caption-from"):
         read_source(tmp_path, name)

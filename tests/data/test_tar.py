@@ -33,9 +33,7 @@ def triple(key: str) -> list[tuple[str, bytes]]:
 def test_members_are_tarfiles(tmp_path: Path, form: int, key: str) -> None:
     if form == tarfile.USTAR_FORMAT:
         key = key[:90]
-    path = write(
-        tmp_path / "a.tar", [(f"{key}.jpg", bytes(513)), (f"{key}.txt", b""), ("z.txt", b"x" * 512)], form
-    )
+    path = write(tmp_path / "a.tar", [(f"{key}.jpg", bytes(513)), (f"{key}.txt", b""), ("z.txt", b"x" * 512)], form)
     with tarfile.open(path) as tar:
         expected = [(member.name, member.offset_data, member.size) for member in tar]
     assert [tuple(member) for member in members(open_shard(path))] == expected
@@ -63,9 +61,7 @@ def test_names_split_as_in_webdataset() -> None:
 
 def test_offsets_point_at_the_parts(tmp_path: Path) -> None:
     described = json.dumps({"caption": "from json", "width": 30, "height": 20}).encode()
-    path = write(
-        tmp_path / "a.tar", [*triple("a"), ("a.json", described), ("b.webp", b"bb"), ("b.json", described)]
-    )
+    path = write(tmp_path / "a.tar", [*triple("a"), ("a.json", described), ("b.webp", b"bb"), ("b.json", described)])
     scan = scan_shard(path)
     columns, data = scan.columns, Path(path).read_bytes()
     assert scan.keys == [b"a", b"b"]

@@ -26,9 +26,7 @@ class Exact(nn.Module):
     def forward(self, z: Tensor, t: Tensor) -> Tensor:
         level = self.schedule(t).like(z)
         variance = level.alpha**2 * STD**2 + level.sigma**2
-        return self.prediction.target(
-            level.alpha * STD**2 / variance * z, level.sigma / variance * z, level
-        )
+        return self.prediction.target(level.alpha * STD**2 / variance * z, level.sigma / variance * z, level)
 
 
 def test_an_exact_denoiser_meets_the_optimal_loss() -> None:

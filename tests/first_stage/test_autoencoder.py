@@ -45,9 +45,7 @@ def test_statistics_travel_with_the_weights() -> None:
     assert not target.latent_std.requires_grad
 
 
-@pytest.mark.parametrize(
-    ("mean", "std"), [([0.0] * 3, 1.0), (0.0, [1.0, 0.0]), (0.0, -1.0), (float("nan"), 1.0)]
-)
+@pytest.mark.parametrize(("mean", "std"), [([0.0] * 3, 1.0), (0.0, [1.0, 0.0]), (0.0, -1.0), (float("nan"), 1.0)])
 def test_impossible_statistics_are_refused(mean: Any, std: Any) -> None:
     with pytest.raises(UserError, match="latent_"):
         tiny().set_statistics(mean, std)

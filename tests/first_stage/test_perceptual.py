@@ -34,9 +34,7 @@ def test_two_directions_have_the_distance_of_their_angle() -> None:
 
 def test_weights_per_channel() -> None:
     distance = PerceptualDistance(Pixels(), weights=[torch.tensor([1.0, 0.5, 7.0]), 0.0])
-    torch.testing.assert_close(
-        distance(colour(0.0, 1.0, 0.0), colour(1.0, 0.0, 0.0)), torch.tensor([1.0 + 0.5])
-    )
+    torch.testing.assert_close(distance(colour(0.0, 1.0, 0.0), colour(1.0, 0.0, 0.0)), torch.tensor([1.0 + 0.5]))
 
 
 def test_the_gradient_reaches_the_reconstruction_and_is_finite_where_features_vanish() -> None:

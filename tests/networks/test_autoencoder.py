@@ -39,9 +39,7 @@ def test_factor_and_shapes() -> None:
     assert decoder(h[:, :3]).shape == (2, 3, 16, 24)
 
 
-@pytest.mark.parametrize(
-    ("levels", "mid", "expected"), [(None, True, 1), (None, False, 0), ((0, 1), True, 3)]
-)
+@pytest.mark.parametrize(("levels", "mid", "expected"), [(None, True, 1), (None, False, 0), ((0, 1), True, 3)])
 def test_attention_stands_where_it_is_asked_for(levels: Any, mid: bool, expected: int) -> None:
     encoder = Encoder(3, 8, (1, 2), 2, 4, mid_attention=mid, attention_levels=levels, groups=4)
     assert sum(isinstance(m, PixelAttention) for m in encoder.modules()) == expected

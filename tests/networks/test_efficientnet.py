@@ -47,9 +47,9 @@ def test_the_packaged_weights(published: Any) -> None:
 
 def test_features_from_fine_to_coarse() -> None:
     features = EfficientNetLite0().features(torch.zeros(1, 3, 64, 64))
-    assert [tuple(h.shape) for h in features] == [
-        (1, c, 32 >> i, 32 >> i) for i, c in enumerate(FEATURE_CHANNELS)
-    ]
+    channels = (16, 24, 40, 112, 320)
+    assert channels == FEATURE_CHANNELS
+    assert [tuple(h.shape) for h in features] == [(1, c, 32 >> i, 32 >> i) for i, c in enumerate(channels)]
 
 
 def test_it_stays_frozen_and_in_evaluation_mode() -> None:

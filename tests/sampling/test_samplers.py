@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from torch import Tensor
 
 from ldm.config.build import build
@@ -14,7 +15,6 @@ from ldm.sampling.ddim import DDIM
 from ldm.sampling.dpmpp_2m import DPMPP2M
 from ldm.sampling.grid import Leading, Trailing, UniformLogSNR
 from ldm.sampling.noise import ImageNoise
-from omegaconf import OmegaConf
 
 SCHEDULE = ScaledLinear()
 MEAN, STD = 0.7, 0.4

@@ -1,0 +1,62 @@
+"""Measures a model: python evaluate.py checkpoint=RUN_OR_FOLDER out=DIR; see docs/evaluate.md."""
+
+import json
+import sys
+from pathlib import Path
+
+from ldm.evaluation.report import plot_scales, rows_table
+from omegaconf import DictConfig, ListConfig
+
+from ldm.checkpoint import write_atomic
+from ldm.config.build import evaluation_sets, load_trained, measures, sampling_settings, trained_size
+from ldm.config.command import command
+from ldm.evaluation.evaluate import Evaluation
+from ldm.evaluation.protocol import Protocol
+from ldm.generation import Generator
+
+
+@command("evaluate")
+def main(cfg: DictConfig) -> None:
+    """Writes sealed results, one table and one plot against the guidance scale into `out`."""
+    given = cfg.guidance_scale
+    scales = [float(scale) for scale in (given if isinstance(given, ListConfig) else [given])]
+    trained = load_trained(cfg.checkpoint, cfg.weights, cfg.device)
+    size = trained_size(trained, cfg.size)
+    sets = evaluation_sets(trained, cfg.data, size, cfg.n)
+    measured = measures(cfg.metrics or trained.config.evaluation.metrics, cfg.metric_options)
+    protocol = Protocol(
+        task="text_to_image",
+        reference=None,
+        prompts=None,
+        weights=trained.folder.record["fingerprint"],
+        ema=cfg.weights == "ema",
+        metrics={},
+        n_images=cfg.n,
+        seed=cfg.seed,
+        size=size,
+        sampler=json.dumps({k: v for k, v in cfg.sampler.items()}),
+        grid=json.dumps({k: v for k, v in cfg.grid.items()}),
+        negative_prompt=cfg.negative_prompt,
+    )
+    evaluation = Evaluation(
+        Generator(trained.model),
+        measured,
+        lambda scale: sampling_settings(cfg, scale),
+        protocol,
+        cfg.seed,
+        cfg.batch_size,
+        cfg.negative_prompt,
+    )
+    rows = list(evaluation.run(sets, scales))
+    out = Path(cfg.out)
+    with write_atomic(out / "results.json") as temporary:
+        content = [{"set": r.set_name, "source": r.source, **r.result.to_dict()} for r in rows]
+        temporary.write_text(json.dumps(content, indent=2) + "\n")
+    table = rows_table(rows)
+    (out / "table.md").write_text(table)
+    plot_scales(rows, out / "guidance.png")
+    sys.stdout.write(f"\n{table}\n{out / 'results.json'}\n{out / 'guidance.png'}\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,159 @@
+"""An evaluation: the pictures of a model, of its first stage and of the data themselves, measured alike."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ldm.data.fetch import Fetcher, View
+from ldm.data.index import load_manifest
+from ldm.data.shards import Shards
+from ldm.errors import UserError
+from ldm.evaluation.measures import Measure
+from ldm.evaluation.protocol import Protocol, Result, Value, digest
+from ldm.evaluation.reconstruction import psnr
+from ldm.generation import Generator, Request, SamplingSettings
+
+BATCH = 32
+
+
+class ReferenceSet:
+    """The first n pictures of some shards at the evaluated size, and their captions; the captions are the prompts."""
+
+    def __init__(self, name: str, shards: Shards, size: tuple[int, int], n: int) -> None:
+        manifest = load_manifest(shards)
+        self.name = name
+        self.size = size
+        self.n = min(n, len(manifest))
+        self.fingerprint = f"{manifest.fingerprint}, first {self.n}, {size[0]}x{size[1]} centre crop"
+        self._fetcher = Fetcher(manifest, View.of(size))
+        self.captions = [self._fetcher.caption(index) for index in range(self.n)]
+
+    def __iter__(self) -> Iterator[Tensor]:
+        """The pictures, [B, 3, H, W] in [0, 1]."""
+        for first in range(0, self.n, BATCH):
+            found = [self._fetcher.good(index)[0] for index in range(first, min(first + BATCH, self.n))]
+            yield torch.stack([sample.image for sample in found]) * 0.5 + 0.5
+
+
+@dataclass(frozen=True)
+class Row:
+    """The result of one source of pictures ("pictures", "reconstructions", "samples") on one reference set."""
+
+    set_name: str
+    source: str
+    result: Result
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What is evaluated and how; `run` yields a row for each set and source.
+
+    generator        the model
+    measures         what is measured
+    settings         the sampling settings at a guidance scale
+    protocol         what the results have in common; the rest is filled in for each row
+    seed             image i of a set has seed + i
+    """
+
+    generator: Generator
+    measures: Sequence[Measure]
+    settings: Callable[[float], SamplingSettings]
+    protocol: Protocol
+    seed: int = 0
+    batch_size: int = 64
+    negative_prompt: str = ""
+
+    def run(self, sets: Sequence[ReferenceSet], scales: Sequence[float]) -> Iterator[Row]:
+        """Rows for the sets: the pictures themselves, their reconstructions, samples at each scale."""
+        for reference in sets:
+            yield self._row(reference, "pictures", reference, {}, others=False)
+            yield self._reconstructions(reference)
+            for scale in scales:
+                yield self._samples(reference, scale)
+
+    @torch.inference_mode()
+    def _reconstructions(self, reference: ReferenceSet) -> Row:
+        first_stage = self.generator.first_stage
+        ratios: list[Tensor] = []
+
+        def made() -> Iterator[Tensor]:
+            for images in reference:
+                images = images.to(first_stage.last_layer.device)
+                decoded = first_stage.decode(first_stage.encode(images * 2 - 1)).float()
+                decoded = (decoded * 0.5 + 0.5).clamp(0, 1)
+                ratios.append(psnr(decoded, images).cpu())
+                yield decoded.cpu()
+
+        row = self._row(reference, "reconstructions", made(), {})
+        values = torch.cat(ratios)
+        half = 1.96 * float(values.std()) / len(values) ** 0.5 if len(values) > 1 else 0.0
+        mean = float(values.mean())
+        metrics = {"psnr_db": Value(mean, mean - half, mean + half), **row.result.metrics}
+        return replace(row, result=Result(row.result.protocol, metrics))
+
+    def _samples(self, reference: ReferenceSet, scale: float) -> Row:
+        settings = self.settings(scale)
+        requests = [
+            Request({"caption": caption}, self.seed + i, {"caption": self.negative_prompt})
+            for i, caption in enumerate(reference.captions)
+        ]
+
+        def made() -> Iterator[Tensor]:
+            name = f"{reference.name}, guidance {scale:g}"
+            with tqdm(total=len(requests) * settings.steps, unit="step", desc=name, leave=False) as bar:
+                images = self.generator.generate(requests, reference.size, settings, self.batch_size, bar.update)
+                for batch in _batches(images):
+                    yield torch.stack(batch)
+
+        facts = {"guidance_scale": scale, "steps": settings.steps}
+        return self._row(reference, "samples", made(), facts)
+
+    def _row(
+        self,
+        reference: ReferenceSet,
+        source: str,
+        batches: "ReferenceSet | Iterator[Tensor]",
+        facts: Mapping[str, float],
+        others: bool = True,
+    ) -> Row:
+        measures = [measure for measure in self.measures if others or not measure.needs_others]
+        for measure in measures:
+            measure.begin(reference)
+        position = 0
+        for images in batches:
+            captions = reference.captions[position : position + len(images)]
+            position += len(images)
+            for measure in measures:
+                measure.update(images, captions)
+        values = {name: value for measure in measures for name, value in measure.values().items()}
+        protocol = replace(
+            self.protocol,
+            task={"samples": "text_to_image"}.get(source, source),
+            reference=reference.fingerprint,
+            prompts=digest(reference.captions),
+            metrics={name: told for measure in measures for name, told in measure.descriptions().items()},
+            n_images=reference.n,
+            **facts,  # type: ignore[arg-type]
+        )
+        return Row(reference.name, source, Result(protocol, values))
+
+
+def _batches(images: Iterator[Tensor]) -> Iterator[list[Tensor]]:
+    """The images in lists of BATCH."""
+    batch: list[Tensor] = []
+    for image in images:
+        batch.append(image)
+        if len(batch) == BATCH:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def check_sets(sets: Mapping[str, Shards]) -> None:
+    """UserError where there is nothing to evaluate on."""
+    if not sets:
+        raise UserError("data: no set of shards is given; give data=NAME=SHARDS or a model with evaluation sets")
