@@ -296,7 +296,7 @@ def _write_shard(path: Path, split: Split, indices: range, bar: "tqdm[Any]") -> 
     unfinished = path.with_suffix(".tmp")
     with unfinished.open("wb") as file, webdataset.TarWriter(file, encoder=False, mtime=0.0) as writer:
         for index in indices:
-            writee(split.sample(index))
+            writer.write(split.sample(index))
             bar.update()
     os.replace(unfinished, path)
 
