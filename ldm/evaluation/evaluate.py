@@ -10,13 +10,13 @@ from tqdm import tqdm
 from ldm.data.fetch import Fetcher, View
 from ldm.data.index import load_manifest
 from ldm.data.shards import Shards
-from ldm.errors import UserError
 from ldm.evaluation.measures import Measure
 from ldm.evaluation.protocol import Protocol, Result, Value, digest
 from ldm.evaluation.reconstruction import psnr
 from ldm.generation import Generator, Request, SamplingSettings
 
 BATCH = 32
+EXAMPLES = 32
 
 
 class ReferenceSet:
@@ -45,6 +45,8 @@ class Row:
     set_name: str
     source: str
     result: Result
+    captions: Sequence[str]
+    examples: Tensor  # the first pictures, [up to EXAMPLES, 3, H, W] in [0, 1]
 
 
 @dataclass(frozen=True)
@@ -122,8 +124,9 @@ class Evaluation:
         measures = [measure for measure in self.measures if others or not measure.needs_others]
         for measure in measures:
             measure.begin(reference)
-        position = 0
+        position, examples = 0, []
         for images in batches:
+            examples += list(images[: max(0, EXAMPLES - position)])
             captions = reference.captions[position : position + len(images)]
             position += len(images)
             for measure in measures:
@@ -138,7 +141,8 @@ class Evaluation:
             n_images=reference.n,
             **facts,  # type: ignore[arg-type]
         )
-        return Row(reference.name, source, Result(protocol, values))
+        captions = reference.captions[: len(examples)]
+        return Row(reference.name, source, Result(protocol, values), captions, torch.stack(examples))
 
 
 def _batches(images: Iterator[Tensor]) -> Iterator[list[Tensor]]:
@@ -151,9 +155,3 @@ def _batches(images: Iterator[Tensor]) -> Iterator[list[Tensor]]:
             batch = []
     if batch:
         yield batch
-
-
-def check_sets(sets: Mapping[str, Shards]) -> None:
-    """UserError where there is nothing to evaluate on."""
-    if not sets:
-        raise UserError("data: no set of shards is given; give data=NAME=SHARDS or a model with evaluation sets")

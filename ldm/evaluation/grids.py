@@ -8,6 +8,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from ldm.evaluation.evaluate import Row
+
 SIDE = 160  # pixels at least of a picture on the sheet
 MARGIN = 8
 
@@ -42,6 +44,18 @@ def paired_grid(originals: Tensor, others: Tensor, path: Path) -> None:
     """Writes a PNG with the originals [B, 3, H, W] in [0, 1] in one row and the others below them."""
     pairs = [torch.cat([a, b], dim=1) for a, b in zip(originals, others, strict=True)]
     labelled_grid(pairs, [""] * len(pairs), path, columns=len(pairs))
+
+
+def draw_examples(rows: Sequence[Row], folder: Path) -> None:
+    """Writes `reconstructions.png`, and `samples_SET_gSCALE.png` with captions for each set and guidance scale."""
+    pictures = {row.set_name: row.examples for row in rows if row.source == "pictures"}
+    for row in rows:
+        if row.source == "reconstructions":
+            name = f"reconstructions_{row.set_name}.png"
+            paired_grid(pictures[row.set_name][:12], row.examples[:12], folder / name)
+        if row.source == "samples":
+            name = f"samples_{row.set_name}_g{row.result.protocol.guidance_scale:g}.png"
+            labelled_grid(list(row.examples), row.captions, folder / name)
 
 
 def _tile(image: Tensor) -> Image.Image:

@@ -67,11 +67,11 @@ class Frechet(Measure):
 
     def __init__(self, features: Features) -> None:
         self.features = features
-        self._reference: tuple[int, Statistics] | None = None
+        self._reference: tuple[Iterable[Tensor], Statistics] | None = None
 
     def begin(self, reference: Iterable[Tensor]) -> None:
-        if self._reference is None or self._reference[0] != id(reference):
-            self._reference = id(reference), statistics(reference, self.features)
+        if self._reference is None or self._reference[0] is not reference:
+            self._reference = reference, statistics(reference, self.features)
         self._metric = FrechetDistance(self.features, self._reference[1])
 
     def update(self, images: Tensor, captions: Sequence[str]) -> None:

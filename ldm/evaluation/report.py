@@ -1,7 +1,9 @@
 """What a person reads of an evaluation: one table, and a plot against the guidance scale."""
 
-from collections.abc import Sequence
+import csv
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from matplotlib.figure import Figure
 
@@ -59,6 +61,53 @@ def plot_scales(rows: Sequence[Row], path: Path) -> None:
         axes.grid(alpha=0.3)
     figure.axes[0].legend()
     figure.savefig(path, dpi=120)
+
+
+def stages_table(records: Sequence[Mapping[str, Any]]) -> str:
+    """One Markdown table of the stages of a run: steps, seconds of training, what was measured."""
+    lines = ["| stage | steps | seconds | notes |", "|---|---|---|---|"]
+    for record in records:
+        notes = f"reconstruction {record['psnr_db']:.1f} dB" if "psnr_db" in record else ""
+        lines.append(f"| {record['stage']} | {record['step']} | {record['train_seconds']:.0f} | {notes} |")
+    return "\n".join(lines) + "\n"
+
+
+def plot_curves(run: Path, path: Path) -> None:
+    """A plot of the training and validation curves of each stage of a run, read from its CSV logs; PNG.
+
+    An interrupted stage has several logs, which are joined at their steps.
+    """
+    stages = sorted({log.parents[2] for log in run.glob("*/logs/attempt_*/metrics.csv")}, key=_started)
+    if not stages:
+        return
+    figure = Figure(figsize=(4.2 * len(stages), 3.4), layout="constrained")
+    for place, stage in enumerate(stages):
+        axes = figure.add_subplot(1, len(stages), place + 1)
+        for name, points in _curves(stage).items():
+            steps = sorted(points)
+            axes.plot(steps, [points[step] for step in steps], label=name, marker="o" if len(steps) < 9 else "")
+        axes.set_title(stage.name)
+        axes.set_xlabel("step")
+        axes.grid(alpha=0.3)
+        axes.legend()
+        axes.set_yscale("log")
+    figure.savefig(path, dpi=120)
+
+
+def _started(stage: Path) -> float:
+    return min(log.stat().st_mtime for log in stage.glob("logs/attempt_*/metrics.csv"))
+
+
+def _curves(stage: Path) -> dict[str, dict[int, float]]:
+    """The curves that are plotted, by name: value at step; later attempts take the place of earlier ones."""
+    curves: dict[str, dict[int, float]] = {}
+    for log in sorted(stage.glob("logs/attempt_*/metrics.csv"), key=lambda log: int(log.parent.name.split("_")[1])):
+        with log.open(newline="") as file:
+            for row in csv.DictReader(file):
+                for name in ("train/loss", "train/reconstruction", "val/loss", "val/psnr"):
+                    if row.get(name):
+                        curves.setdefault(name, {})[int(row["step"])] = float(row[name])
+    return curves
 
 
 def _metric_fields(rows: Sequence[Row]) -> list[str]:

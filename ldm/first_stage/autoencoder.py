@@ -61,6 +61,7 @@ class FirstStage(nn.Module):
         self.encoder = encoder
         self.quant_conv = nn.Conv2d(encoder.out_channels, features, 1) if quant_conv else nn.Identity()
         self.bottleneck = bottleneck
+        bottleneck.initialise(self.quant_conv)
         self.post_quant_conv = nn.Conv2d(latent_channels, decoder.in_channels, 1) if quant_conv else nn.Identity()
         self.decoder = decoder
         self.register_buffer("latent_mean", torch.zeros(latent_channels, dtype=torch.float32))

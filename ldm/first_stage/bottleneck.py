@@ -28,6 +28,9 @@ class Bottleneck(nn.Module, ABC):
     def forward(self, h: Tensor, noise: Tensor | None = None) -> Bottlenecked:
         """The training path: what the decoder gets, the loss per image and numbers to log."""
 
+    def initialise(self, quant_conv: nn.Module) -> None:
+        """Sets what the convolution before the bottleneck starts from; as it is, where nothing is to set."""
+
     def finish(self, z: Tensor) -> Tensor:
         """What the decoder gets of latents [B, C, h, w]; a codebook would quantise here."""
         return z
@@ -36,11 +39,28 @@ class Bottleneck(nn.Module, ABC):
 class KLBottleneck(Bottleneck):
     """A diagonal Gaussian around the encoder's mean, held near N(0, 1) by its KL divergence.
 
+    `initial_log_var` is where the log variance starts, where there is a quant_conv; None leaves its random
+    start, near 0. A low one (-6) lets a short training begin with latents that are not drowned in noise.
+
     The features are mean and log variance [B, 2C, h, w]; the log variance is clamped to [-30, 20].
     Source: Kingma and Welling 2014, appendix B; `DiagonalGaussianDistribution` in LDM's code.
     """
 
     in_factor = 2
+
+    def __init__(self, initial_log_var: float | None = None) -> None:
+        super().__init__()
+        self.initial_log_var = initial_log_var
+
+    def initialise(self, quant_conv: nn.Module) -> None:
+        """Puts the log variance's bias at `initial_log_var` and shrinks its weights tenfold."""
+        if self.initial_log_var is None or not isinstance(quant_conv, nn.Conv2d):
+            return
+        half = quant_conv.out_channels // 2
+        with torch.no_grad():
+            quant_conv.weight[half:] *= 0.1
+            if quant_conv.bias is not None:
+                quant_conv.bias[half:] = self.initial_log_var
 
     @staticmethod
     def moments(h: Tensor) -> tuple[Tensor, Tensor]:

@@ -102,13 +102,16 @@ def open_model_folder(path: Path, kind: str | None = None) -> ModelFolder:
 
 
 def find_model_folder(given: Path, kind: str) -> ModelFolder:
-    """The model folder meant by a path: itself, a stage's folder, or a run's (there the last stage of the kind)."""
+    """The model folder meant by a path: itself, a stage's, a run's (its last stage of the kind), or an
+    experiment's (its newest run that has one)."""
     if not given.exists():
         raise UserError(f"checkpoint={given}: nothing is there; give a run's folder, a stage's or a model folder")
     for candidate in (given, given / "model"):
         if (candidate / RECORD).exists():
             return open_model_folder(candidate, kind)
-    found = [open_model_folder(record.parent) for record in given.glob(f"*/model/{RECORD}")]
+    runs = [given, *sorted((run for run in given.glob("*") if (run / ".hydra").is_dir()), reverse=True)]
+    runs = [run for run in runs if any(run.glob(f"*/model/{RECORD}"))][:1]  # itself, or the newest run in it
+    found = [open_model_folder(record.parent) for run in runs for record in run.glob(f"*/model/{RECORD}")]
     found = [folder for folder in found if folder.record["kind"] == kind]
     if not found:
         raise UserError(
@@ -116,3 +119,9 @@ def find_model_folder(given: Path, kind: str) -> ModelFolder:
             "(outputs/NAME/TIME), one of its stages, or a model folder"
         )
     return max(found, key=lambda folder: folder.record["order"])
+
+
+def stage_records(run: Path) -> list[dict[str, Any]]:
+    """The records of a run's finished stages, in the order of the curriculum."""
+    records = [open_model_folder(path.parent).record for path in run.glob(f"*/model/{RECORD}")]
+    return sorted(records, key=lambda record: int(record["order"]))

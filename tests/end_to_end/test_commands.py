@@ -1,0 +1,130 @@
+"""Each command's smallest real use, as a user types it, and each kind of wrong input."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).parents[2]
+TINY = ["experiment=quickstart", "variant=tiny"]
+
+
+def run(script: str, *arguments: str) -> "subprocess.CompletedProcess[str]":
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, str(ROOT / script), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, check=False)
+
+
+def shards(folder: Path) -> list[str]:
+    return [
+        f"data.train.shards={folder}/train",
+        f"data.val.shards={folder}/val",
+        f"evaluation.sets.validation={folder}/val",
+        f"evaluation.sets.held_out={folder}/held_out",
+    ]
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of the command line."""
+    out = tmp_path_factory.mktemp("commands") / "run"
+    done = run("train.py", *TINY, *shards(tiny_shapes), f"hydra.run.dir={out}")
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+def pixels(path: Path) -> "np.ndarray[tuple[int, ...], np.dtype[np.int16]]":
+    return np.asarray(Image.open(path)).astype(np.int16)
+
+
+def test_images_are_the_same_in_any_batch(trained: Path, tmp_path: Path) -> None:
+    common = [f"checkpoint={trained}", "prompt=a large red circle at the upper left", "steps=3"]
+    few = run("sample.py", *common, "n=4", "seed=3", f"out={tmp_path / 'few'}")
+    many = run("sample.py", *common, "n=8", "seed=0", f"out={tmp_path / 'many'}", "batch_size=5")
+    assert (few.returncode, many.returncode) == (0, 0), few.stderr + many.stderr
+    for seed in range(3, 7):
+        one, other = (pixels(tmp_path / folder / f"00000_seed{seed}.png") for folder in ("few", "many"))
+        assert np.abs(one - other).max() <= 1
+    facts = json.loads(Image.open(tmp_path / "few" / "00000_seed3.png").text["ldm"])  # type: ignore[attr-defined]
+    assert (facts["seed"], facts["steps"]) == (3, 3)
+    assert (tmp_path / "few" / ".hydra" / "config.yaml").exists()
+
+
+def test_evaluation_writes_one_table_one_plot_and_sealed_results(trained: Path, tmp_path: Path) -> None:
+    done = run("evaluate.py", f"checkpoint={trained}", "guidance_scale=[1,2]", "n=6", "steps=2", f"out={tmp_path}",
+               "metrics=[alignment]")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert [(r["set"], r["source"]) for r in results[:4]] == [
+        ("validation", "pictures"),
+        ("validation", "reconstructions"),
+        ("validation", "samples"),
+        ("validation", "samples"),
+    ]
+    assert len(results) == 8
+    assert results[0]["metrics"]["all"]["value"] == 1.0
+    assert all(len(result["seal"]) == 64 for result in results)
+    assert "guidance 2" in (tmp_path / "table.md").read_text()
+    for name in ("guidance.png", "curves.png", "reconstructions_validation.png", "samples_held_out_g2.png"):
+        assert Image.open(tmp_path / name).size[0] > 100
+
+
+def test_a_finished_run_is_not_trained_again(trained: Path, tiny_shapes: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in trained.rglob("model.json")}
+    done = run("train.py", *TINY, *shards(tiny_shapes), f"resume={trained}")
+    assert done.returncode == 0, done.stderr
+    assert {path: path.stat().st_mtime_ns for path in trained.rglob("model.json")} == before
+
+
+def test_two_processes_share_one_run_folder(tiny_shapes: Path, tmp_path: Path) -> None:
+    out = tmp_path / "ddp"
+    done = run("train.py", *TINY, *shards(tiny_shapes), "stages=[first_stage]", "trainer.devices=2",
+               "trainer.strategy=ddp", f"hydra.run.dir={out}")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert (out / "first_stage" / "model" / "model.json").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["ddp"]
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "message"),
+    [
+        ("train.py", ["experiment=quickstrat"], "did you mean quickstart"),
+        ("train.py", ["experiment=quickstart", "optimizer.lrr=1"], "did you mean optimizer.lr"),
+        ("train.py", ["experiment=quickstart", "data.train.shards=/nowhere"], "/nowhere"),
+        ("train.py", ["experiment=quickstart", "trainer.devices=4096"], "this machine has"),
+        ("train.py", ["experiment=quickstart", "resume=/nowhere"], "nothing is there"),
+        ("sample.py", ["checkpoint=/nowhere", "prompt=x"], "nothing is there"),
+        ("sample.py", ["checkpoint=/nowhere", "prompt=x", "steps=0"], "steps=0"),
+        ("sample.py", ["checkpoint=/nowhere"], "prompt"),
+        ("evaluate.py", ["checkpoint=/nowhere"], "nothing is there"),
+    ],
+)
+def test_wrong_input_is_one_message_and_exit_status_1(
+    script: str, arguments: list[str], message: str, tmp_path: Path
+) -> None:
+    where = f"hydra.run.dir={tmp_path}" if script == "train.py" else f"out={tmp_path}"
+    done = run(script, *arguments, where)
+    assert done.returncode == 1
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_what_a_trained_model_cannot_do_is_refused(trained: Path, tmp_path: Path) -> None:
+    common = [f"checkpoint={trained}", "prompt=a small blue star in the centre", "steps=2", f"out={tmp_path}"]
+    size = run("sample.py", *common, "size=[30,30]")
+    kind = run("sample.py", *common, f"checkpoint={trained}/first_stage")
+    assert (size.returncode, kind.returncode) == (1, 1)
+    assert "factor 4" in size.stderr
+    assert "first_stage" in kind.stderr
+
+
+def test_a_prompt_over_the_models_length_is_cut_and_told(trained: Path, tmp_path: Path) -> None:
+    prompt = "prompt=" + "large red circle " * 40
+    done = run("sample.py", f"checkpoint={trained}", prompt, "steps=1", "n=1", f"out={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    assert "cut to" in done.stderr + done.stdout

@@ -1,0 +1,94 @@
+"""The measures against numbers that are known: true pictures, closed forms, seals."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from ldm.data.shapes import caption, splits
+from ldm.errors import UserError
+from ldm.evaluation.alignment import Alignment
+from ldm.evaluation.frechet import Statistics, frechet_distance
+from ldm.evaluation.interval import wilson
+from ldm.evaluation.protocol import Protocol, Result, Value, require_comparable
+from ldm.evaluation.reconstruction import psnr
+
+
+def pictures(n: int, size: int, relations: bool = False) -> tuple[torch.Tensor, list[str]]:
+    split = splits(n, n, size, 5, relations)[0]
+    images = torch.from_numpy(np.stack([split.image(i) for i in range(n)]))
+    return images.permute(0, 3, 1, 2).float() / 255, [caption(split.combination(i)) for i in range(n)]
+
+
+@pytest.mark.parametrize(("size", "relations", "least"), [(64, False, 0.99), (32, False, 0.95), (64, True, 0.97)])
+def test_true_pictures_show_what_their_captions_say(size: int, relations: bool, least: float) -> None:
+    images, captions = pictures(200, size, relations)
+    metric = Alignment()
+    metric.update(images, captions)
+    assert min(float(value) for value in metric.compute().values()) >= least
+
+
+def test_mismatched_captions_are_at_chance() -> None:
+    images, captions = pictures(300, 64)
+    metric = Alignment()
+    metric.update(images, captions[1:] + captions[:1])
+    shares = {name: float(value) for name, value in metric.compute().items()}
+    assert shares["all"] <= 0.02
+    assert shares["colour"] <= 0.25
+    assert 0.35 <= shares["size"] <= 0.65
+
+
+def test_pictures_of_nothing_show_nothing() -> None:
+    _, captions = pictures(20, 64)
+    noise = torch.rand(20, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    for images in (torch.full((20, 3, 64, 64), 0.9), noise):
+        metric = Alignment()
+        metric.update(images, captions)
+        assert max(float(value) for value in metric.compute().values()) == 0.0
+
+
+def test_the_frechet_distance_of_known_gaussians() -> None:
+    mean, scale = torch.tensor([1.0, -2.0, 0.5]).double(), torch.tensor([0.5, 2.0, 1.0]).double()
+    a = Statistics(100, torch.zeros(3).double(), torch.eye(3).double())
+    b = Statistics(100, mean, torch.diag(scale**2))
+    expected = float(mean.square().sum() + (1 - scale).square().sum())
+    assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-9)
+    assert frechet_distance(a, a) == pytest.approx(0.0, abs=1e-9)
+
+
+def test_psnr_of_a_known_error() -> None:
+    images = torch.zeros(2, 3, 8, 8)
+    assert psnr(images, images + 0.1).tolist() == pytest.approx([20.0, 20.0])
+
+
+def test_wilsons_interval_holds_its_textbook_value() -> None:
+    assert wilson(8, 10) == pytest.approx((0.4902, 0.9433), abs=1e-4)
+    assert wilson(0, 10)[0] == pytest.approx(0.0, abs=1e-12)
+
+
+def protocol(**changes: object) -> Protocol:
+    given: dict[str, object] = {
+        "task": "text_to_image", "reference": "r", "prompts": "p", "weights": "w", "ema": True,
+        "metrics": {}, "n_images": 10, "seed": 0, "size": (64, 64), "guidance_scale": 1.0,
+    }  # fmt: skip
+    return Protocol(**(given | changes))  # type: ignore[arg-type]
+
+
+def test_a_sealed_result_reads_back_and_shows_tampering(tmp_path: Path) -> None:
+    path = tmp_path / "r.json"
+    result = Result(protocol(), {"all": Value(0.5, 0.4, 0.6)})
+    result.write(path)
+    assert Result.read(path) == result
+    path.write_text(path.read_text().replace("0.5", "0.9"))
+    with pytest.raises(UserError, match="changed after it was sealed"):
+        Result.read(path)
+
+
+def test_results_of_different_protocols_share_no_table() -> None:
+    a, b = (Result(protocol(guidance_scale=scale), {}) for scale in (1.0, 2.0))
+    require_comparable([a, b], ["guidance_scale"])
+    with pytest.raises(UserError, match="guidance_scale"):
+        require_comparable([a, b])
+    with pytest.raises(UserError, match="seed"):
+        require_comparable([a, Result(protocol(seed=1), {})], ["guidance_scale"])
