@@ -114,7 +114,7 @@ def test_unknown_names_are_answered_with_the_nearest(override: str, answer: str)
 
 def test_a_knob_added_by_force_is_checked_against_the_constructor() -> None:
     cfg = composed("quickstart", "base", "+network.droput=0.1")
-    with pytest.raises(UserError, match="network.droput: .*UNet has no such knob; did you mean dropout"):
+    with pytest.raises(UserError, match=r"network.droput: .*UNet has no such knob; did you mean dropout"):
         check(cfg.network, "network")
 
 
@@ -124,5 +124,5 @@ def test_the_command_line_wins_over_the_curriculum() -> None:
 
 
 def test_a_stage_that_does_not_exist_is_refused() -> None:
-    with pytest.raises(UserError, match="no stage 'fine'.*finetune"):
+    with pytest.raises(UserError, match=r"no stage 'fine'.*finetune"):
         composed("quickstart", "fine")
