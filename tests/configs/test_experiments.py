@@ -21,11 +21,7 @@ SHARDS = ["data.train.shards=nowhere", "data.val.shards=nowhere"]
 
 def composed(experiment: str, stage: str, *more: str) -> DictConfig:
     overrides = [f"experiment={experiment}", "run_folder=nowhere", *SHARDS, *more]
-    if (
-        "lpips"
-        in compose("train", overrides).first_stage_loss.get("perceptual", {}).get("network", {}).get("_target_", "")
-        or experiment == "sd1"
-    ):
+    if experiment == "sd1":
         overrides.append("first_stage_loss.perceptual.network.path=nowhere")
     cfg = stage_config(compose("train", overrides), stage, overrides)
     OmegaConf.resolve(cfg)
