@@ -2,12 +2,12 @@
 
 from pathlib import Path
 
-from ldm.evaluation.grids import labelled_grid
 from omegaconf import DictConfig
 from tqdm import tqdm
 
 from ldm.config.build import load_trained, read_prompts, sampling_settings, trained_size
 from ldm.config.command import command
+from ldm.evaluation.grids import labelled_grid
 from ldm.generation import Generator, Request, save_image
 
 
