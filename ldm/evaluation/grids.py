@@ -1,126 +1,65 @@
-"""Pictures side by side, with words, as one image to look at."""
+"""Sheets of pictures for people: labelled samples, and originals above their reconstructions."""
 
+import textwrap
 from collections.abc import Sequence
-from math import ceil
+from pathlib import Path
 
-import numpy as np
+import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from ldm.errors import UserError
+from ldm.evaluation.evaluate import Row
 
-INK, PAPER = (40, 40, 40), (255, 255, 255)
-GAP = 10  # pixels between pictures and around them
-MIN_SIDE = 144  # smaller pictures are enlarged to at least this, by a whole factor
-
-Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
+SIDE = 160  # pixels at least of a picture on the sheet
+MARGIN = 8
 
 
-def to_pictures(images: Tensor, min_side: int = MIN_SIDE) -> list[Image.Image]:
-    """Pillow images of a batch [B, 3, H, W] in [0, 1]; small ones enlarged by whole factors, unsmoothed."""
-    if images.ndim != 4 or images.shape[1] != 3:
-        raise UserError(f"a grid is of images [B, 3, H, W], not {list(images.shape)}")
-    height, width = images.shape[-2:]
-    factor = max(1, ceil(min_side / min(height, width)))
-    pixels = (images.detach().float().cpu().clamp(0.0, 1.0) * 255.0).round().byte()
-    pictures = [Image.fromarray(np.ascontiguousarray(p)) for p in pixels.permute(0, 2, 3, 1).numpy()]
-    return [p.resize((width * factor, height * factor), Image.Resampling.NEAREST) for p in pictures]
+def labelled_grid(images: Sequence[Tensor], labels: Sequence[str], path: Path, columns: int = 8) -> None:
+    """Writes a PNG of the images [3, H, W] in [0, 1] with their labels, wrapped, below them.
 
-
-def wrap(text: str, font: Font, width: float) -> list[str]:
-    """The lines of a text that are at most `width` pixels wide; a longer word stands on a line of its own."""
-    lines: list[str] = []
-    for word in text.split():
-        if lines and font.getlength(f"{lines[-1]} {word}") <= width:
-            lines[-1] = f"{lines[-1]} {word}"
-        else:
-            lines.append(word)
-    return lines
-
-
-def _line_height(font: Font) -> int:
-    box = font.getbbox("Ag")
-    return ceil((box[3] - box[1]) * 1.35)
-
-
-def sample_grid(
-    images: Tensor,
-    captions: Sequence[str] = (),
-    columns: int = 0,
-    title: str = "",
-    max_lines: int = 4,
-    font_size: int = 13,
-) -> Image.Image:
-    """A grid of pictures [B, 3, H, W] in [0, 1] with their captions below, row by row.
-
-    Captions are wrapped to the pictures' width and cut after `max_lines` lines. `columns` 0 makes the grid
-    about square.
+    Small pictures are enlarged by a whole number without smoothing, so that one sees what was made.
     """
-    pictures = to_pictures(images)
-    if not pictures or (captions and len(captions) != len(pictures)):
-        raise UserError(f"{len(pictures)} pictures and {len(captions)} captions make no grid")
-    columns = min(len(pictures), columns or ceil(len(pictures) ** 0.5))
-    font = ImageFont.load_default(font_size)
-    width, height = pictures[0].size
-    texts = [_cut(wrap(caption, font, width), max_lines, font, width) for caption in captions]
-    head = _line_height(ImageFont.load_default(font_size + 3)) + GAP if title else 0
-    tops, bottom = [], GAP + head
-    for row in range(ceil(len(pictures) / columns)):
-        tops.append(bottom)
-        lines = max((len(text) for text in texts[row * columns : (row + 1) * columns]), default=0)
-        bottom += height + (lines * _line_height(font) + GAP // 2 if lines else 0) + GAP
-    sheet = Image.new("RGB", (GAP + columns * (width + GAP), bottom), PAPER)
+    tiles = [_tile(image) for image in images]
+    width, height = tiles[0].size
+    font = ImageFont.load_default(size=13)
+    wrapped = [textwrap.wrap(label, max(8, width // 7)) for label in labels]
+    line = 16
+    below = MARGIN + line * max(len(lines) for lines in wrapped)
+    columns = min(columns, len(tiles))
+    rows = -(-len(tiles) // columns)
+    size = (columns * (width + MARGIN) + MARGIN, rows * (height + below + MARGIN) + MARGIN)
+    sheet = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(sheet)
-    if title:
-        draw.text((GAP, GAP), title, INK, ImageFont.load_default(font_size + 3))
-    for i, picture in enumerate(pictures):
-        left, top = GAP + (i % columns) * (width + GAP), tops[i // columns]
-        sheet.paste(picture, (left, top))
-        for number, line in enumerate(texts[i] if texts else ()):
-            draw.text((left, top + height + GAP // 2 + number * _line_height(font)), line, INK, font)
-    return sheet
+    for place, (tile, lines) in enumerate(zip(tiles, wrapped, strict=True)):
+        x = MARGIN + place % columns * (width + MARGIN)
+        y = MARGIN + place // columns * (height + below + MARGIN)
+        sheet.paste(tile, (x, y))
+        for number, text in enumerate(lines):
+            draw.text((x, y + height + 3 + number * line), text, fill="#333333", font=font)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(path, optimize=True)
 
 
-def _cut(lines: list[str], most: int, font: Font, width: float) -> list[str]:
-    """The first lines; where some were left out, the last one ends in an ellipsis."""
-    if len(lines) <= most:
-        return lines
-    last = lines[most - 1]
-    while last and font.getlength(last + "...") > width:
-        last = last[:-1]
-    return [*lines[: most - 1], last.rstrip() + "..."]
+def paired_grid(originals: Tensor, others: Tensor, path: Path) -> None:
+    """Writes a PNG with the originals [B, 3, H, W] in [0, 1] in one row and the others below them."""
+    pairs = [torch.cat([a, b], dim=1) for a, b in zip(originals, others, strict=True)]
+    labelled_grid(pairs, [""] * len(pairs), path, columns=len(pairs))
 
 
-def reconstruction_grid(
-    originals: Tensor, reconstructions: Tensor, labels: Sequence[str] = (), columns: int = 8
-) -> Image.Image:
-    """Originals above their reconstructions, both [B, 3, H, W] in [0, 1], in rows of `columns` pairs.
+def draw_examples(rows: Sequence[Row], folder: Path) -> None:
+    """Writes `reconstructions.png`, and `samples_SET_gSCALE.png` with captions for each set and guidance scale."""
+    pictures = {row.set_name: row.examples for row in rows if row.source == "pictures"}
+    for row in rows:
+        if row.source == "reconstructions":
+            name = f"reconstructions_{row.set_name}.png"
+            paired_grid(pictures[row.set_name][:12], row.examples[:12], folder / name)
+        if row.source == "samples":
+            name = f"samples_{row.set_name}_g{row.result.protocol.guidance_scale:g}.png"
+            labelled_grid(list(row.examples), row.captions, folder / name)
 
-    A label, e.g. "24.1 dB", stands below each pair.
-    """
-    if originals.shape != reconstructions.shape or (labels and len(labels) != len(originals)):
-        raise UserError(
-            f"originals {list(originals.shape)}, reconstructions {list(reconstructions.shape)} and "
-            f"{len(labels)} labels make no grid"
-        )
-    upper, lower = to_pictures(originals), to_pictures(reconstructions)
-    font = ImageFont.load_default(13)
-    words, side = ("original", "decoded"), 2
-    margin = ceil(max(font.getlength(word) for word in words)) + 2 * GAP
-    width, height = upper[0].size
-    foot = _line_height(font) + GAP // 2 if labels else 0
-    block = 2 * height + side + foot + GAP
-    columns = min(columns, len(upper))
-    size = (margin + columns * (width + GAP), GAP + ceil(len(upper) / columns) * block)
-    sheet = Image.new("RGB", size, PAPER)
-    draw = ImageDraw.Draw(sheet)
-    for i, pair in enumerate(zip(upper, lower, strict=True)):
-        left, top = margin + (i % columns) * (width + GAP), GAP + (i // columns) * block
-        for j, picture in enumerate(pair):
-            sheet.paste(picture, (left, top + j * (height + side)))
-            if i % columns == 0:
-                middle = top + j * (height + side) + height // 2
-                draw.text((margin - GAP, middle), words[j], INK, font, anchor="rm")
-        if labels:
-            draw.text((left + width // 2, top + 2 * height + side + GAP // 2), labels[i], INK, font, anchor="ma")
-    return sheet
+
+def _tile(image: Tensor) -> Image.Image:
+    pixels = (image.detach().float().clamp(0, 1).permute(1, 2, 0) * 255).round().to(torch.uint8).cpu().numpy()
+    tile = Image.fromarray(pixels)
+    factor = max(1, SIDE // tile.width)
+    return tile.resize((tile.width * factor, tile.height * factor), Image.Resampling.NEAREST)

@@ -1,196 +1,126 @@
-"""Results for people: a table and plots."""
+"""What a person reads of an evaluation: one table, and a plot against the guidance scale."""
 
 import csv
 from collections.abc import Mapping, Sequence
-from math import ceil
 from pathlib import Path
 from typing import Any
 
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
-from ldm.checkpoint import write_atomic
-from ldm.errors import UserError, nearest
-from ldm.evaluation.protocol import Result, Value, require_comparable
+from ldm.evaluation.evaluate import Row
+from ldm.evaluation.protocol import Value, require_comparable
 
-COLOURS = ("#2f6db3", "#d9772b", "#3a9a5b", "#b0413e", "#7a5ea8", "#6b6b6b")
-INK, FAINT = "#333333", "#d8d8d8"
+AXES = ("task", "reference", "prompts", "guidance_scale", "steps")
 
 
-def _cell(value: Value | None) -> str:
-    if value is None:
-        return "-"
-    if value.ci_low is None or value.ci_high is None:
-        return f"{value.value:.4g}"
-    digits = max(0, min(4, 3 - len(str(int(abs(value.value))))))
-    return f"{value.value:.{digits}f} [{value.ci_low:.{digits}f}, {value.ci_high:.{digits}f}]"
+def label(row: Row) -> str:
+    """What a row's pictures are: "pictures", "reconstructions", "guidance 4"."""
+    scale = row.result.protocol.guidance_scale
+    return row.source if scale is None else f"guidance {scale:g}"
 
 
-def _metric_names(results: Sequence[Result]) -> list[str]:
-    return list(dict.fromkeys(name for result in results for name in result.metrics))
+def rows_table(rows: Sequence[Row]) -> str:
+    """One Markdown table of the rows of an evaluation, a line each; shares in per cent, with 95 % intervals.
 
-
-def rows(results: Sequence[Result], axes: Sequence[str] = ("guidance_scale",)) -> list[list[str]]:
-    """A table as text, header first: the axes, then each metric with its 95 % interval.
-
-    Raises UserError where the results differ in more than the axes.
+    Raises UserError where rows were measured under protocols that differ in more than what the lines say.
     """
-    require_comparable(results, axes)
-    names = _metric_names(results)
-    table = [[*axes, *names]]
-    for result in results:
-        fields = result.protocol.fields()
-        table.append([*(str(fields[axis]) for axis in axes), *(_cell(result.metrics.get(n)) for n in names)])
-    return table
+    for measured in (True, False):  # the pictures themselves have no distance to themselves
+        group = [row for row in rows if (row.source == "pictures") is measured]
+        if group:
+            require_comparable([row.result for row in group], [*AXES, *_metric_fields(group)])
+    columns = list(dict.fromkeys(name for row in rows for name in row.result.metrics))
+    lines = [["set", "n", "of", *columns]]
+    for row in rows:
+        cells = [_cell(row.result.metrics.get(name), name) for name in columns]
+        lines.append([row.set_name, str(row.result.protocol.n_images), label(row), *cells])
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    padded = ["| " + " | ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)) + " |" for line in lines]
+    rule = "|" + "|".join("-" * (w + 2) for w in widths) + "|"
+    return "\n".join([padded[0], rule, *padded[1:]]) + "\n"
 
 
-def under(result: Result, axes: Sequence[str] = ()) -> str:
-    """The protocol in a line, for below a table or plot: what is not None and is no axis."""
-    fields = {name: value for name, value in result.protocol.fields().items() if name not in axes}
-    told = ["n_images", "size", "sampler", "steps", "guidance_scale", "seed", "ema"]
-    parts = [f"{name} {fields[name]}" for name in told if fields.get(name) is not None]
-    if "weights" in fields:
-        parts.append(f"weights {fields['weights'][:12]}")
-    return ", ".join(parts)
+def plot_scales(rows: Sequence[Row], path: Path) -> None:
+    """A plot of each metric of the samples against the guidance scale, a line for each set; PNG."""
+    samples = [row for row in rows if row.source == "samples"]
+    metrics = list(dict.fromkeys(name for row in samples for name in row.result.metrics))
+    sets = list(dict.fromkeys(row.set_name for row in samples))
+    columns = min(3, len(metrics))
+    figure = Figure(figsize=(4.2 * columns, 3.2 * -(-len(metrics) // columns)), layout="constrained")
+    for place, name in enumerate(metrics):
+        axes = figure.add_subplot(-(-len(metrics) // columns), columns, place + 1)
+        for color, which in enumerate(sets):
+            found = [row for row in samples if row.set_name == which]
+            scales = [float(row.result.protocol.guidance_scale or 0) for row in found]
+            values = [row.result.metrics[name] for row in found]
+            axes.plot(scales, [v.value for v in values], marker="o", color=f"C{color}", label=which)
+            low = [v.value if v.ci_low is None else v.ci_low for v in values]
+            high = [v.value if v.ci_high is None else v.ci_high for v in values]
+            axes.fill_between(scales, low, high, color=f"C{color}", alpha=0.15)
+        axes.set_title(name)
+        axes.set_xlabel("guidance scale")
+        axes.grid(alpha=0.3)
+    figure.axes[0].legend()
+    figure.savefig(path, dpi=120)
 
 
-def markdown(results: Sequence[Result], axes: Sequence[str] = ("guidance_scale",)) -> str:
-    """The table in Markdown, with the protocol and the networks of the metrics below it."""
-    header, *body = rows(results, axes)
-    lines = [header, ["---"] * len(axes) + ["---:"] * (len(header) - len(axes)), *body]
-    text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-    networks = [f"- {name}: {what}" for name, what in results[0].protocol.metrics.items()]
-    return "\n".join([text, "", f"95 % intervals. {under(results[0], axes)}.", "", *networks]) + "\n"
+def stages_table(records: Sequence[Mapping[str, Any]]) -> str:
+    """One Markdown table of the stages of a run: steps, seconds of training, what was measured."""
+    lines = ["| stage | steps | seconds | notes |", "|---|---|---|---|"]
+    for record in records:
+        notes = f"reconstruction {record['psnr_db']:.1f} dB" if "psnr_db" in record else ""
+        lines.append(f"| {record['stage']} | {record['step']} | {record['train_seconds']:.0f} | {notes} |")
+    return "\n".join(lines) + "\n"
 
 
-def terminal(results: Sequence[Result], axes: Sequence[str] = ("guidance_scale",)) -> str:
-    """The table in columns of equal width, with the protocol below it."""
-    table = rows(results, axes)
-    widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
-    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in table]
-    lines.insert(1, "  ".join("-" * width for width in widths))
-    return "\n".join([*lines, "", under(results[0], axes)]) + "\n"
+def plot_curves(run: Path, path: Path) -> None:
+    """A plot of the training and validation curves of each stage of a run, read from its CSV logs; PNG.
 
-
-def _dress(axes: Axes, title: str, xlabel: str) -> None:
-    """One look for all plots: no box, a faint grid, the title at the left."""
-    axes.set_title(title, loc="left", fontsize=11, color=INK)
-    axes.set_xlabel(xlabel, fontsize=9, color=INK)
-    axes.grid(True, color=FAINT, linewidth=0.6)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(FAINT)
-    axes.tick_params(colors=INK, labelsize=8, length=0)
-    axes.margins(x=0.04)
-
-
-def _save(figure: Figure, path: str | Path) -> None:
-    with write_atomic(path) as temporary:
-        FigureCanvasAgg(figure).print_png(str(temporary))
-
-
-def _panels(count: int, columns: int) -> tuple[Figure, list[Axes]]:
-    """A figure with `count` panels in rows of `columns` at most."""
-    columns = min(columns, count)
-    lines = ceil(count / columns)
-    figure = Figure(figsize=(4.0 * columns + 0.4, 3.0 * lines + 0.5), dpi=130, layout="constrained")
-    grid = figure.subplots(lines, columns, squeeze=False)
-    panels: list[Axes] = list(grid.flat)
-    for unused in panels[count:]:
-        unused.remove()
-    return figure, panels[:count]
-
-
-def plot_metrics(
-    results: Sequence[Result], path: str | Path, axis: str = "guidance_scale", metrics: Sequence[str] = ()
-) -> None:
-    """Writes a PNG of each metric against a numeric field of the protocol, with 95 % intervals as bands.
-
-    Raises UserError where the results differ in more than this field, or the field is no number.
+    An interrupted stage has several logs, which are joined at their steps.
     """
-    require_comparable(results, (axis,))
-    places = {id(result): result.protocol.fields()[axis] for result in results}
-    if not all(isinstance(place, int | float) for place in places.values()):
-        raise UserError(f"{axis!r} is no number in all results ({list(places.values())}): use a table")
-    ordered = sorted(results, key=lambda result: places[id(result)])
-    names = list(metrics) or _metric_names(ordered)
-    for name in names:
-        if name not in _metric_names(ordered):
-            raise UserError(f"no metric {name!r} in the results: {nearest(name, _metric_names(ordered))}")
-    figure, panels = _panels(len(names), columns=3)
-    for i, (panel, name) in enumerate(zip(panels, names, strict=True)):
-        points = [(places[id(r)], r.metrics[name]) for r in ordered if name in r.metrics]
-        _curve(panel, points, COLOURS[i % len(COLOURS)])
-        _dress(panel, name, axis.replace("_", " "))
-    figure.supxlabel(under(ordered[0], (axis,)), fontsize=7, color=INK)
-    _save(figure, path)
+    stages = sorted({log.parents[2] for log in run.glob("*/logs/attempt_*/metrics.csv")}, key=_started)
+    if not stages:
+        return
+    figure = Figure(figsize=(4.2 * len(stages), 3.4), layout="constrained")
+    for place, stage in enumerate(stages):
+        axes = figure.add_subplot(1, len(stages), place + 1)
+        for name, points in _curves(stage).items():
+            steps = sorted(points)
+            axes.plot(steps, [points[step] for step in steps], label=name, marker="o" if len(steps) < 9 else "")
+        axes.set_title(stage.name)
+        axes.set_xlabel("step")
+        axes.grid(alpha=0.3)
+        axes.legend()
+        axes.set_yscale("log")
+    figure.savefig(path, dpi=120)
 
 
-def _curve(panel: Axes, points: Sequence[tuple[Any, Value]], colour: str) -> None:
-    """A line with points, and its intervals as a band."""
-    x, y = [place for place, _ in points], [value.value for _, value in points]
-    panel.plot(x, y, color=colour, linewidth=1.8, marker="o", markersize=4.5)
-    bounded = [(p, v.ci_low, v.ci_high) for p, v in points if v.ci_low is not None and v.ci_high is not None]
-    if bounded:
-        where, low, high = zip(*bounded, strict=True)
-        panel.fill_between(where, low, high, color=colour, alpha=0.15, linewidth=0)
+def _started(stage: Path) -> float:
+    return min(log.stat().st_mtime for log in stage.glob("logs/attempt_*/metrics.csv"))
 
 
-def read_metrics(path: str | Path) -> dict[str, list[tuple[int, float]]]:
-    """The (step, value) pairs of each column of a `metrics.csv` of Lightning's CSVLogger."""
-    curves: dict[str, list[tuple[int, float]]] = {}
-    with open(path, newline="", encoding="utf-8") as file:
-        for row in csv.DictReader(file):
-            for name, text in row.items():
-                if name not in ("step", "epoch") and text:
-                    curves.setdefault(name, []).append((int(row["step"]), float(text)))
+def _curves(stage: Path) -> dict[str, dict[int, float]]:
+    """The curves that are plotted, by name: value at step; later attempts take the place of earlier ones."""
+    curves: dict[str, dict[int, float]] = {}
+    for log in sorted(stage.glob("logs/attempt_*/metrics.csv"), key=lambda log: int(log.parent.name.split("_")[1])):
+        with log.open(newline="") as file:
+            for row in csv.DictReader(file):
+                for name in ("train/loss", "train/reconstruction", "val/loss", "val/psnr"):
+                    if row.get(name):
+                        curves.setdefault(name, {})[int(row["step"])] = float(row[name])
     return curves
 
 
-def _smooth(values: Sequence[float], halflife: float) -> list[float]:
-    """Exponential averages of the values so far, unbiased at the start."""
-    keep, total, weight, averages = 0.5 ** (1.0 / halflife), 0.0, 0.0, []
-    for value in values:
-        total, weight = keep * total + (1 - keep) * value, keep * weight + (1 - keep)
-        averages.append(total / weight)
-    return averages
+def _metric_fields(rows: Sequence[Row]) -> list[str]:
+    """The fields in which the measures of the rows are told; a reconstruction has one more than a sample."""
+    return sorted({name for row in rows for name in row.result.protocol.fields() if name.startswith("metrics.")})
 
 
-def plot_training(
-    files: Mapping[str, str | Path | Sequence[str | Path]], path: str | Path, metrics: Sequence[str] = ()
-) -> None:
-    """Writes a PNG of the training curves of a run, a panel for each stage and metric.
-
-    `files` maps each stage to its `metrics.csv`, or to those of its attempts in order. Curves of more than
-    50 points are drawn faintly, with their average over a twentieth of the points on top.
-    """
-    panels_of = []
-    for i, (stage, given) in enumerate(files.items()):
-        curves: dict[str, list[tuple[int, float]]] = {}
-        for file in [given] if isinstance(given, str | Path) else given:
-            for name, pairs in read_metrics(file).items():
-                first = pairs[0][0]  # an attempt goes on from a checkpoint: it replaces what came after it
-                curves[name] = [pair for pair in curves.get(name, []) if pair[0] < first] + pairs
-        chosen = [name for name in (metrics or curves) if name in curves]
-        panels_of += [(f"{stage}: {name}", curves[name], COLOURS[i % len(COLOURS)]) for name in chosen]
-    if not panels_of:
-        raise UserError(f"none of {[str(file) for file in files.values()]} holds any of the metrics")
-    figure, panels = _panels(len(panels_of), columns=3)
-    for panel, (title, pairs, colour) in zip(panels, panels_of, strict=True):
-        _training_curve(panel, pairs, colour)
-        _dress(panel, title, "step")
-    _save(figure, path)
-
-
-def _training_curve(panel: Axes, pairs: Sequence[tuple[int, float]], colour: str) -> None:
-    steps, values = [step for step, _ in pairs], [value for _, value in pairs]
-    long = len(values) > 50
-    panel.plot(steps, values, color=colour, linewidth=0.8 if long else 1.8, alpha=0.3 if long else 1.0,
-               marker="o" if len(values) < 15 else "", markersize=3.5)  # fmt: skip
-    if long:
-        panel.plot(steps, _smooth(values, len(values) / 20), color=colour, linewidth=1.8)
-    if min(values) > 0 and max(values) > 50 * min(values):
-        panel.set_yscale("log")
-    panel.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+def _cell(value: Value | None, name: str) -> str:
+    if value is None:
+        return ""
+    share = 0 <= value.value <= 1 and value.ci_high is not None and value.ci_high <= 1
+    scale, unit = (100.0, " %") if share else (1.0, "")
+    text = f"{value.value * scale:.1f}{unit}"
+    if value.ci_low is not None and value.ci_high is not None:
+        text += f" ({value.ci_low * scale:.1f} to {value.ci_high * scale:.1f})"
+    return text
