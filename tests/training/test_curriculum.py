@@ -139,7 +139,6 @@ def test_two_optimizers_count_one_step(tiny_shapes: Path, tmp_path: Path) -> Non
         "+first_stage_loss.discriminator._target_=ldm.networks.discriminator.PatchDiscriminator",
         "+first_stage_loss.discriminator.channels=8",
         "+first_stage_loss.discriminator.layers=1",
-        "+first_stage_loss.discriminator_start_steps=1",
     ]
     (stage,), models = launch(tiny_shapes, tmp_path, *more)
     job = stage.build(models)

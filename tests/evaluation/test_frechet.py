@@ -1,0 +1,167 @@
+"""The Frechet distance: closed forms, few images, sums over processes, an interval that covers, a cache."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ldm.errors import UserError
+from ldm.evaluation.features import EfficientNetFeatures, Features, InceptionFeatures
+from ldm.evaluation.frechet import (
+    FrechetDistance,
+    Statistics,
+    frechet_distance,
+    reference_statistics,
+    statistics,
+)
+from ldm.networks.efficientnet import EfficientNetLite0
+from ldm.networks.inception import InceptionV3
+
+DIM = 12
+
+
+class Pixels(Features):
+    """The first numbers of an image as its features."""
+
+    name, resize, dim = "pixels", "none", DIM
+
+    def __init__(self, scale: float = 1.0) -> None:
+        linear = nn.Linear(1, 1, bias=False)
+        nn.init.constant_(linear.weight, scale)
+        super().__init__(linear)
+        self.scale = scale
+
+    def extract(self, pixels: Tensor) -> Tensor:
+        return pixels.flatten(1)[:, :DIM] * self.scale / 255.0
+
+
+def normal(n: int, dim: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(n, dim, dtype=torch.float64, generator=generator)
+
+
+def of(features: Tensor) -> Statistics:
+    return Statistics.from_sums(len(features), features.sum(0), features.T @ features)
+
+
+def images(n: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(n, 3, 4, 4, generator=generator)
+
+
+def test_statistics_are_the_sample_mean_and_covariance() -> None:
+    x = normal(50, 5) * 2 + 3
+    assert torch.allclose(of(x).mean, x.mean(0))
+    assert torch.allclose(of(x).covariance, torch.cov(x.T))
+
+
+def test_covariances_that_do_not_commute() -> None:
+    """For 2 x 2 matrices tr sqrt(M) = sqrt(tr M + 2 sqrt(det M))."""
+    a = torch.tensor([[2.0, 0.5], [0.5, 1.0]]).double()
+    b = torch.tensor([[1.0, -0.7], [-0.7, 3.0]]).double()
+    product = a @ b
+    root = (product.trace() + 2 * product.det().sqrt()).sqrt()
+    zero = torch.zeros(2).double()
+    found = frechet_distance(Statistics(9, zero, a), Statistics(9, zero, b))
+    assert found == pytest.approx(float(a.trace() + b.trace() - 2 * root), rel=1e-12)
+
+
+def test_with_fewer_images_than_features_it_is_exact() -> None:
+    """A shift of the same few images: the distance is the shift's square, to rounding."""
+    x = normal(10, 200)
+    shift = torch.linspace(0, 1, 200).double()
+    assert frechet_distance(of(x), of(x + shift)) == pytest.approx(float(shift.square().sum()), abs=1e-9)
+    y = normal(30, 200, seed=1) * 1.5
+    a, b = (x - x.mean(0)) / 9**0.5, (y - y.mean(0)) / 29**0.5
+    shared = torch.linalg.svdvals(a @ b.T).sum()
+    expected = (x.mean(0) - y.mean(0)).square().sum() + a.square().sum() + b.square().sum() - 2 * shared
+    assert frechet_distance(of(x), of(y)) == pytest.approx(float(expected), abs=1e-9)
+
+
+def test_batches_and_processes_add_up() -> None:
+    reference = of(normal(40, DIM))
+    batch, features = images(60), Pixels()
+    whole = FrechetDistance(features, reference)
+    whole.update(batch)
+    parts = [FrechetDistance(features, reference) for _ in range(2)]
+    for rank, part in enumerate(parts):
+        part.update(batch[rank::2], torch.arange(60)[rank::2])
+    for name in ("count", "total", "outer"):
+        setattr(parts[0], name, getattr(parts[0], name) + getattr(parts[1], name))
+    assert float(parts[0].compute()) == pytest.approx(float(whole.compute()), abs=1e-12)
+    assert parts[0].interval() == pytest.approx(whole.interval(), abs=1e-9)
+    assert float(whole.compute()) == pytest.approx(frechet_distance(of(features(batch).double()), reference), abs=1e-12)
+
+
+def test_the_interval_is_as_wide_as_repetitions_vary() -> None:
+    """The mean half width over repetitions against 2.26 (Student, 9 degrees) standard deviations."""
+    features, reference = Pixels(), statistics([images(4000, seed=99)], Pixels())
+    values, halves = [], []
+    for seed in range(60):
+        metric = FrechetDistance(features, reference)
+        metric.update((images(300, seed) * 0.9).clamp(0, 1))
+        value = float(metric.compute())
+        low, high = metric.interval()
+        assert low <= value <= high
+        values.append(value)
+        halves.append(high - value)
+    expected = 2.262 * float(torch.tensor(values).std())
+    assert sum(halves) / len(halves) == pytest.approx(expected, rel=0.35)
+
+
+def test_the_label_is_fid_for_inception_alone(tmp_path: Path) -> None:
+    reference = of(normal(40, DIM))
+    assert FrechetDistance(Pixels(), reference).label == "Frechet(pixels)"
+    assert EfficientNetFeatures(EfficientNetLite0()).distance_label == "Frechet(efficientnet-lite0)"
+    assert InceptionFeatures.distance_label.fget(None) == "FID"  # type: ignore[attr-defined]
+
+
+def test_a_reference_of_another_network_is_refused() -> None:
+    with pytest.raises(UserError, match="has 5 features, pixels gives 12"):
+        FrechetDistance(Pixels(), of(normal(9, 5)))
+    with pytest.raises(UserError, match="at least 2 images"):
+        statistics([images(1)], Pixels())
+
+
+def test_the_cache_is_keyed_by_data_and_network(tmp_path: Path) -> None:
+    read = []
+
+    def source() -> Iterator[Tensor]:
+        read.append(1)
+        yield images(20)
+
+    first = reference_statistics(source(), Pixels(), tmp_path, "train, 4 px")
+    again = reference_statistics(source(), Pixels(), tmp_path, "train, 4 px")
+    assert len(read) == 1
+    assert torch.equal(first.covariance, again.covariance) and first.count == again.count
+    reference_statistics(source(), Pixels(), tmp_path, "train, 8 px")
+    other = reference_statistics(source(), Pixels(scale=2.0), tmp_path, "train, 4 px")
+    assert len(read) == 3
+    assert torch.allclose(other.covariance, 4 * first.covariance)
+
+
+def test_images_count_as_if_saved() -> None:
+    """Rounded to 8 bits: a change smaller than half a level changes nothing."""
+    batch = (images(4) * 255).round() / 255
+    assert torch.equal(Pixels()(batch), Pixels()(batch + 0.4 / 255))
+    with pytest.raises(UserError, match="float images"):
+        Pixels()(torch.zeros(1, 3, 4, 4, dtype=torch.uint8))
+
+
+def test_efficientnet_resizes_and_says_so() -> None:
+    features = EfficientNetFeatures(EfficientNetLite0(), size=64)
+    assert features(images(2)).shape == (2, features.dim)
+    assert "64" in features.description and features.fingerprint in features.description
+    with pytest.raises(UserError, match="multiple of 32"):
+        EfficientNetFeatures(EfficientNetLite0(), size=100)
+
+
+def test_inception_features_are_those_of_the_resized_pixels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    network = InceptionV3()
+    monkeypatch.setattr(InceptionV3, "from_file", lambda path: network)
+    features = InceptionFeatures("file")
+    flat = torch.full((1, 3, 40, 40), 51 / 255)
+    expected = network(torch.full((1, 3, 299, 299), (51.0 - 128.0) / 128.0))
+    assert torch.allclose(features(flat), expected, atol=1e-5)

@@ -1,0 +1,60 @@
+"""Every metric gives in two processes what it gives in one."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from torch import Tensor, nn
+
+from ldm.data.shapes import caption, splits
+from ldm.evaluation.alignment import Alignment
+from ldm.evaluation.features import Features
+from ldm.evaluation.frechet import FrechetDistance, Statistics
+from ldm.evaluation.reconstruction import ReconstructionQuality
+
+N = 25
+
+
+class Means(Features):
+    """The mean colours of an image."""
+
+    name, resize, dim = "means", "none", 3
+
+    def __init__(self) -> None:
+        super().__init__(nn.Identity())
+
+    def extract(self, pixels: Tensor) -> Tensor:
+        return pixels.mean((2, 3)) / 255.0
+
+
+def measured(indices: list[int]) -> list[float]:
+    """Values and intervals over the images of these indices, and over the other processes' images."""
+    split = splits(N, 1, 32, 0, False)[0]
+    pictures = torch.stack([torch.from_numpy(split.image(i)) for i in indices]).permute(0, 3, 1, 2) / 255
+    captions = [caption(split.combination((i + i % 3) % N)) for i in indices]
+    reference = Statistics(9, torch.full((3,), 0.8).double(), 0.01 * torch.eye(3).double())
+    alignment, quality = Alignment(), ReconstructionQuality()
+    frechet = FrechetDistance(Means(), reference, groups=5)
+    alignment.update(pictures, captions)
+    quality.update(pictures, pictures.round())
+    frechet.update(pictures, torch.tensor(indices))
+    values = [frechet.compute(), *alignment.compute().values(), *quality.compute().values()]
+    with frechet.sync_context():
+        values += [torch.tensor(bound) for bound in frechet.interval()]
+    return [float(value) for value in values]
+
+
+def one_of_two(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    torch.save(measured(list(range(rank, N, 2))), f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_agree_with_one(tmp_path: Path) -> None:
+    mp.start_processes(one_of_two, (str(tmp_path),), nprocs=2, start_method="fork")  # twice as fast as spawn
+    alone = measured(list(range(N)))
+    assert 0 < alone[1] < 1 and alone[0] > 0
+    for rank in (0, 1):
+        assert torch.load(tmp_path / f"{rank}.pt") == pytest.approx(alone, abs=1e-9)
