@@ -117,7 +117,7 @@ class Result:
                 raise UserError(f"{path} has format {data['format']}, this version reads {FORMAT}")
             protocol = data["protocol"] | {"size": tuple(data["protocol"]["size"])}
             metrics = {name: Value(**value) for name, value in data["metrics"].items()}
-        except (OSError, json.JSONDecodeError, KeyError, AttributeError) as error:
+        except (OSError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{path} is no sealed result ({type(error).__name__}: {error})") from error
         return cls(Protocol(**protocol), metrics)
 
