@@ -1,17 +1,24 @@
 """Sheets of pictures for people: labelled samples, and originals above their reconstructions."""
 
-import textwrap
 from collections.abc import Sequence
+from math import ceil
 from pathlib import Path
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from ldm.errors import UserError
 from ldm.evaluation.evaluate import Row
+from ldm.evaluation.reconstruction import psnr
 
-SIDE = 160  # pixels at least of a picture on the sheet
-MARGIN = 8
+SIDE = 144  # pixels at least of a picture on the sheet
+MARGIN = 10
+INK = (51, 51, 51)
+FONT_SIZE, LINE = 13, 17  # pixels
+PAIRS = 16  # of an evaluation's reconstructions
+
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
 def labelled_grid(images: Sequence[Tensor], labels: Sequence[str], path: Path, columns: int = 8) -> None:
@@ -19,47 +26,83 @@ def labelled_grid(images: Sequence[Tensor], labels: Sequence[str], path: Path, c
 
     Small pictures are enlarged by a whole number without smoothing, so that one sees what was made.
     """
+    if not images or len(images) != len(labels):
+        raise UserError(f"{len(images)} images and {len(labels)} labels make no sheet")
     tiles = [_tile(image) for image in images]
     width, height = tiles[0].size
-    font = ImageFont.load_default(size=13)
-    wrapped = [textwrap.wrap(label, max(8, width // 7)) for label in labels]
-    line = 16
-    below = MARGIN + line * max(len(lines) for lines in wrapped)
+    font = ImageFont.load_default(size=FONT_SIZE)
+    wrapped = [wrap(label, font, width) for label in labels]
     columns = min(columns, len(tiles))
-    rows = -(-len(tiles) // columns)
-    size = (columns * (width + MARGIN) + MARGIN, rows * (height + below + MARGIN) + MARGIN)
+    tops, bottom = [], MARGIN
+    for first in range(0, len(tiles), columns):
+        tops.append(bottom)
+        lines = max(len(text) for text in wrapped[first : first + columns])
+        bottom += height + MARGIN + (lines * LINE + MARGIN // 2 if lines else 0)
+    sheet = Image.new("RGB", (columns * (width + MARGIN) + MARGIN, bottom), "white")
+    draw = ImageDraw.Draw(sheet)
+    for place, (tile, text) in enumerate(zip(tiles, wrapped, strict=True)):
+        x, y = MARGIN + place % columns * (width + MARGIN), tops[place // columns]
+        sheet.paste(tile, (x, y))
+        for number, line in enumerate(text):
+            draw.text((x, y + height + 4 + number * LINE), line, fill=INK, font=font)
+    _save(sheet, path)
+
+
+def paired_grid(originals: Tensor, others: Tensor, path: Path, columns: int = 8) -> None:
+    """Writes a PNG with the originals [B, 3, H, W] in [0, 1] above the others, and the PSNR of each pair."""
+    if originals.shape != others.shape:
+        raise UserError(f"originals {list(originals.shape)} and others {list(others.shape)} make no pairs")
+    labels = [f"{ratio:.1f} dB" for ratio in psnr(others, originals).tolist()]
+    font = ImageFont.load_default(size=FONT_SIZE)
+    names, left = ("original", "decoded"), 80
+    tiles = [(_tile(a), _tile(b)) for a, b in zip(originals, others, strict=True)]
+    width, height = tiles[0][0].size
+    block = 2 * (height + 2) + LINE + MARGIN
+    columns = min(columns, len(tiles))
+    size = (left + columns * (width + MARGIN), MARGIN + ceil(len(tiles) / columns) * block)
     sheet = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(sheet)
-    for place, (tile, lines) in enumerate(zip(tiles, wrapped, strict=True)):
-        x = MARGIN + place % columns * (width + MARGIN)
-        y = MARGIN + place // columns * (height + below + MARGIN)
-        sheet.paste(tile, (x, y))
-        for number, text in enumerate(lines):
-            draw.text((x, y + height + 3 + number * line), text, fill="#333333", font=font)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(path, optimize=True)
-
-
-def paired_grid(originals: Tensor, others: Tensor, path: Path) -> None:
-    """Writes a PNG with the originals [B, 3, H, W] in [0, 1] in one row and the others below them."""
-    pairs = [torch.cat([a, b], dim=1) for a, b in zip(originals, others, strict=True)]
-    labelled_grid(pairs, [""] * len(pairs), path, columns=len(pairs))
+    for place, pair in enumerate(tiles):
+        x, y = left + place % columns * (width + MARGIN), MARGIN + place // columns * block
+        for number, tile in enumerate(pair):
+            sheet.paste(tile, (x, y + number * (height + 2)))
+            if place % columns == 0:
+                at = (left - MARGIN, y + number * (height + 2) + height // 2)
+                draw.text(at, names[number], fill=INK, font=font, anchor="rm")
+        draw.text((x + width // 2, y + 2 * height + 5), labels[place], fill=INK, font=font, anchor="ma")
+    _save(sheet, path)
 
 
 def draw_examples(rows: Sequence[Row], folder: Path) -> None:
-    """Writes `reconstructions.png`, and `samples_SET_gSCALE.png` with captions for each set and guidance scale."""
+    """Writes `reconstructions_SET.png`, and `samples_SET_gSCALE.png` with captions for each guidance scale."""
     pictures = {row.set_name: row.examples for row in rows if row.source == "pictures"}
     for row in rows:
         if row.source == "reconstructions":
             name = f"reconstructions_{row.set_name}.png"
-            paired_grid(pictures[row.set_name][:12], row.examples[:12], folder / name)
+            paired_grid(pictures[row.set_name][:PAIRS], row.examples[:PAIRS], folder / name)
         if row.source == "samples":
             name = f"samples_{row.set_name}_g{row.result.protocol.guidance_scale:g}.png"
             labelled_grid(list(row.examples), row.captions, folder / name)
 
 
+def wrap(text: str, font: Font, width: float) -> list[str]:
+    """The lines of a text that are at most `width` pixels wide; a longer word has a line to itself."""
+    lines: list[str] = []
+    for word in text.split():
+        if lines and font.getlength(f"{lines[-1]} {word}") <= width:
+            lines[-1] = f"{lines[-1]} {word}"
+        else:
+            lines.append(word)
+    return lines
+
+
 def _tile(image: Tensor) -> Image.Image:
     pixels = (image.detach().float().clamp(0, 1).permute(1, 2, 0) * 255).round().to(torch.uint8).cpu().numpy()
     tile = Image.fromarray(pixels)
-    factor = max(1, SIDE // tile.width)
+    factor = max(1, ceil(SIDE / min(tile.size)))
     return tile.resize((tile.width * factor, tile.height * factor), Image.Resampling.NEAREST)
+
+
+def _save(sheet: Image.Image, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(path, optimize=True)

@@ -1,16 +1,24 @@
-"""What a person reads of an evaluation: one table, and a plot against the guidance scale."""
+"""What a person reads of an evaluation: one table, and plots of the samples and of the training."""
 
 import csv
 from collections.abc import Mapping, Sequence
+from math import ceil
 from pathlib import Path
 from typing import Any
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from ldm.evaluation.alignment import ATTRIBUTES
 from ldm.evaluation.evaluate import Row
 from ldm.evaluation.protocol import Value, require_comparable
 
 AXES = ("task", "reference", "prompts", "guidance_scale", "steps")
+COLOURS = ("#2f6db3", "#d9772b", "#3a9a5b", "#b0413e", "#7a5ea8", "#6b6b6b")
+INK, FAINT = "#333333", "#dddddd"
+CURVES = ("loss", "reconstruction", "pixel", "perceptual", "psnr")  # that are plotted, train/ and val/ together
+Curve = dict[int, float]  # value at step
 
 
 def label(row: Row) -> str:
@@ -28,86 +36,35 @@ def rows_table(rows: Sequence[Row]) -> str:
         group = [row for row in rows if (row.source == "pictures") is measured]
         if group:
             require_comparable([row.result for row in group], [*AXES, *_metric_fields(group)])
-    columns = list(dict.fromkeys(name for row in rows for name in row.result.metrics))
+    columns = _metrics(rows)
     lines = [["set", "n", "of", *columns]]
     for row in rows:
         cells = [_cell(row.result.metrics.get(name), name) for name in columns]
         lines.append([row.set_name, str(row.result.protocol.n_images), label(row), *cells])
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    padded = ["| " + " | ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)) + " |" for line in lines]
-    rule = "|" + "|".join("-" * (w + 2) for w in widths) + "|"
-    return "\n".join([padded[0], rule, *padded[1:]]) + "\n"
-
-
-def plot_scales(rows: Sequence[Row], path: Path) -> None:
-    """A plot of each metric of the samples against the guidance scale, a line for each set; PNG."""
-    samples = [row for row in rows if row.source == "samples"]
-    metrics = list(dict.fromkeys(name for row in samples for name in row.result.metrics))
-    sets = list(dict.fromkeys(row.set_name for row in samples))
-    columns = min(3, len(metrics))
-    figure = Figure(figsize=(4.2 * columns, 3.2 * -(-len(metrics) // columns)), layout="constrained")
-    for place, name in enumerate(metrics):
-        axes = figure.add_subplot(-(-len(metrics) // columns), columns, place + 1)
-        for color, which in enumerate(sets):
-            found = [row for row in samples if row.set_name == which]
-            scales = [float(row.result.protocol.guidance_scale or 0) for row in found]
-            values = [row.result.metrics[name] for row in found]
-            axes.plot(scales, [v.value for v in values], marker="o", color=f"C{color}", label=which)
-            low = [v.value if v.ci_low is None else v.ci_low for v in values]
-            high = [v.value if v.ci_high is None else v.ci_high for v in values]
-            axes.fill_between(scales, low, high, color=f"C{color}", alpha=0.15)
-        axes.set_title(name)
-        axes.set_xlabel("guidance scale")
-        axes.grid(alpha=0.3)
-    figure.axes[0].legend()
-    figure.savefig(path, dpi=120)
+    return _markdown(lines)
 
 
 def stages_table(records: Sequence[Mapping[str, Any]]) -> str:
     """One Markdown table of the stages of a run: steps, seconds of training, what was measured."""
-    lines = ["| stage | steps | seconds | notes |", "|---|---|---|---|"]
+    lines = [["stage", "steps", "seconds", "notes"]]
     for record in records:
         notes = f"reconstruction {record['psnr_db']:.1f} dB" if "psnr_db" in record else ""
-        lines.append(f"| {record['stage']} | {record['step']} | {record['train_seconds']:.0f} | {notes} |")
-    return "\n".join(lines) + "\n"
+        lines.append([record["stage"], str(record["step"]), f"{record['train_seconds']:.0f}", notes])
+    return _markdown(lines)
 
 
-def plot_curves(run: Path, path: Path) -> None:
-    """A plot of the training and validation curves of each stage of a run, read from its CSV logs; PNG.
-
-    An interrupted stage has several logs, which are joined at their steps.
-    """
-    stages = sorted({log.parents[2] for log in run.glob("*/logs/attempt_*/metrics.csv")}, key=_started)
-    if not stages:
-        return
-    figure = Figure(figsize=(4.2 * len(stages), 3.4), layout="constrained")
-    for place, stage in enumerate(stages):
-        axes = figure.add_subplot(1, len(stages), place + 1)
-        for name, points in _curves(stage).items():
-            steps = sorted(points)
-            axes.plot(steps, [points[step] for step in steps], label=name, marker="o" if len(steps) < 9 else "")
-        axes.set_title(stage.name)
-        axes.set_xlabel("step")
-        axes.grid(alpha=0.3)
-        axes.legend()
-        axes.set_yscale("log")
-    figure.savefig(path, dpi=120)
+def _markdown(lines: Sequence[Sequence[str]]) -> str:
+    """A Markdown table, its header first, that is aligned as plain text too."""
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    padded = [
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in lines
+    ]
+    rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
+    return "\n".join([padded[0], rule, *padded[1:]]) + "\n"
 
 
-def _started(stage: Path) -> float:
-    return min(log.stat().st_mtime for log in stage.glob("logs/attempt_*/metrics.csv"))
-
-
-def _curves(stage: Path) -> dict[str, dict[int, float]]:
-    """The curves that are plotted, by name: value at step; later attempts take the place of earlier ones."""
-    curves: dict[str, dict[int, float]] = {}
-    for log in sorted(stage.glob("logs/attempt_*/metrics.csv"), key=lambda log: int(log.parent.name.split("_")[1])):
-        with log.open(newline="") as file:
-            for row in csv.DictReader(file):
-                for name in ("train/loss", "train/reconstruction", "val/loss", "val/psnr"):
-                    if row.get(name):
-                        curves.setdefault(name, {})[int(row["step"])] = float(row[name])
-    return curves
+def _metrics(rows: Sequence[Row]) -> list[str]:
+    return list(dict.fromkeys(name for row in rows for name in row.result.metrics))
 
 
 def _metric_fields(rows: Sequence[Row]) -> list[str]:
@@ -116,11 +73,152 @@ def _metric_fields(rows: Sequence[Row]) -> list[str]:
 
 
 def _cell(value: Value | None, name: str) -> str:
+    """A value with its interval, to four digits or so; a share in per cent."""
     if value is None:
         return ""
-    share = 0 <= value.value <= 1 and value.ci_high is not None and value.ci_high <= 1
-    scale, unit = (100.0, " %") if share else (1.0, "")
-    text = f"{value.value * scale:.1f}{unit}"
+    scale, unit = (100.0, " %") if name in ATTRIBUTES else (1.0, "")
+    digits = max(1, 4 - len(str(int(abs(value.value * scale))))) if not unit else 1
+    text = f"{value.value * scale:.{digits}f}{unit}"
     if value.ci_low is not None and value.ci_high is not None:
-        text += f" ({value.ci_low * scale:.1f} to {value.ci_high * scale:.1f})"
+        text += f" ({value.ci_low * scale:.{digits}f} to {value.ci_high * scale:.{digits}f})"
     return text
+
+
+def plot_scales(rows: Sequence[Row], path: Path) -> None:
+    """A plot of each metric of the samples against the guidance scale, a line for each set; PNG.
+
+    Bands are 95 % intervals; dashed is what the reconstructions of the first stage reach, the best that
+    samples can be expected to.
+    """
+    samples = [row for row in rows if row.source == "samples"]
+    metrics, sets = _metrics(samples), list(dict.fromkeys(row.set_name for row in samples))
+    if not metrics:
+        return
+    figure, panels = _panels(len(metrics), columns=3)
+    for panel, name in zip(panels, metrics, strict=True):
+        for colour, which in zip(COLOURS * len(sets), sets, strict=False):
+            of_set = [row for row in rows if row.set_name == which and name in row.result.metrics]
+            _scales(panel, [row for row in of_set if row.source == "samples"], name, colour)
+            for row in of_set:
+                if row.source == "reconstructions":
+                    value = row.result.metrics[name].value
+                    panel.axhline(value, color=colour, linewidth=1.0, linestyle="--", label=f"{which}, decoded")
+        _dress(panel, name, "guidance scale")
+        if name in ATTRIBUTES:
+            panel.set_ylim(-0.03, 1.03)
+            panel.yaxis.set_major_formatter(PercentFormatter(1.0))
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper left", ncols=6, frameon=False, fontsize=9)
+    told = samples[0].result.protocol
+    sampler = str(told.sampler).split("ldm.sampling.")[-1].split('"')[0]
+    facts = f"{told.n_images} images a point, {told.steps} steps, {sampler}, seed {told.seed}"
+    figure.supxlabel(f"{facts}, weights {told.weights[:12]}{', EMA' if told.ema else ''}", fontsize=8, color=INK)
+    figure.savefig(path)
+
+
+def _scales(panel: Axes, rows: Sequence[Row], name: str, colour: str) -> None:
+    """One line of a metric over the guidance scales, its intervals as a band and as bars."""
+    ordered = sorted(rows, key=lambda row: row.result.protocol.guidance_scale or 0.0)
+    if not ordered:
+        return
+    scales = [row.result.protocol.guidance_scale or 0.0 for row in ordered]
+    values = [row.result.metrics[name] for row in ordered]
+    low = [v.value if v.ci_low is None else v.ci_low for v in values]
+    high = [v.value if v.ci_high is None else v.ci_high for v in values]
+    panel.fill_between(scales, low, high, color=colour, alpha=0.13, linewidth=0)
+    panel.vlines(scales, low, high, color=colour, alpha=0.5, linewidth=1.0)
+    middle = [value.value for value in values]
+    panel.plot(scales, middle, color=colour, linewidth=1.8, marker="o", markersize=4.5, label=ordered[0].set_name)
+
+
+def plot_curves(run: Path, path: Path) -> None:
+    """A plot of the training and validation curves of each stage of a run, read from its CSV logs; PNG.
+
+    An interrupted stage has several logs, which are joined at their steps. Long curves are drawn faintly
+    under their running average.
+    """
+    stages = sorted({log.parents[2] for log in run.glob("*/logs/attempt_*/metrics.csv")}, key=_started)
+    wanted = []
+    for colour, stage in zip(COLOURS * len(stages), stages, strict=False):
+        curves = _curves(stage)
+        wanted += [(stage.name, name, curves[name], colour) for name in CURVES if name in curves]
+    if not wanted:
+        return
+    figure, panels = _panels(len(wanted), columns=3)
+    for panel, (stage_name, name, parts, colour) in zip(panels, wanted, strict=True):
+        if "train" in parts:
+            _curve(panel, parts["train"], colour, "train")
+        if "val" in parts:
+            _curve(panel, parts["val"], INK, "validation")
+        _dress(panel, f"{stage_name}: {'psnr, dB' if name == 'psnr' else name}", "step")
+        values = [value for part in parts.values() for value in part.values()]
+        if min(values) > 0 and max(values) > 20 * min(values):
+            panel.set_yscale("log")
+        panel.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        panel.legend(frameon=False, fontsize=8, labelcolor=INK)
+    figure.savefig(path)
+
+
+def _curve(panel: Axes, curve: Curve, colour: str, name: str) -> None:
+    steps = sorted(curve)
+    values = [curve[step] for step in steps]
+    if len(steps) > 50:
+        panel.plot(steps, values, color=colour, linewidth=0.7, alpha=0.3)
+        panel.plot(steps, _average(values, halflife=len(values) / 40), color=colour, linewidth=1.8, label=name)
+    else:
+        marker = "o" if len(steps) < 20 else ""
+        panel.plot(steps, values, color=colour, linewidth=1.6, label=name, marker=marker, markersize=3.5)
+
+
+def _average(values: Sequence[float], halflife: float) -> list[float]:
+    """Exponential averages of the values so far, unbiased at the start."""
+    keep, total, weight, averages = 0.5 ** (1.0 / halflife), 0.0, 0.0, []
+    for value in values:
+        total, weight = keep * total + (1 - keep) * value, keep * weight + (1 - keep)
+        averages.append(total / weight)
+    return averages
+
+
+def _started(stage: Path) -> float:
+    return min(log.stat().st_mtime for log in stage.glob("logs/attempt_*/metrics.csv"))
+
+
+def _curves(stage: Path) -> dict[str, dict[str, Curve]]:
+    """The curves of a stage by name and part, "train" or "val"; a later attempt replaces what came after it."""
+    found: dict[str, dict[str, Curve]] = {}
+    for log in sorted(stage.glob("logs/attempt_*/metrics.csv"), key=lambda log: int(log.parent.name.split("_")[1])):
+        fresh: dict[tuple[str, str], Curve] = {}
+        with log.open(newline="", encoding="utf-8") as file:
+            for row in csv.DictReader(file):
+                for column, text in row.items():
+                    part, _, name = column.partition("/")
+                    if name in CURVES and text:
+                        fresh.setdefault((name, part), {})[int(row["step"])] = float(text)
+        for (name, part), curve in fresh.items():
+            earlier = found.get(name, {}).get(part, {})
+            kept = {step: value for step, value in earlier.items() if step < min(curve)}
+            found.setdefault(name, {})[part] = kept | curve
+    return found
+
+
+def _panels(count: int, columns: int) -> tuple[Figure, list[Axes]]:
+    """A figure with `count` panels in rows of `columns` at most."""
+    columns = min(columns, count)
+    lines = ceil(count / columns)
+    figure = Figure(figsize=(4.0 * columns + 0.4, 2.9 * lines + 0.6), dpi=130, layout="constrained")
+    panels: list[Axes] = list(figure.subplots(lines, columns, squeeze=False).flat)
+    for unused in panels[count:]:
+        unused.remove()
+    return figure, panels[:count]
+
+
+def _dress(panel: Axes, title: str, xlabel: str) -> None:
+    """One look for all plots: no box, a faint grid, the title at the left."""
+    panel.set_title(title, loc="left", fontsize=11, color=INK)
+    panel.set_xlabel(xlabel, fontsize=9, color=INK)
+    panel.grid(True, color=FAINT, linewidth=0.6)
+    panel.set_axisbelow(True)
+    panel.spines[["top", "right"]].set_visible(False)
+    panel.spines[["left", "bottom"]].set_color(FAINT)
+    panel.tick_params(colors=INK, labelsize=8, length=0)
+    panel.margins(x=0.04)
