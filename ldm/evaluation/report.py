@@ -135,7 +135,7 @@ def plot_curves(run: Path, path: Path) -> None:
     """A plot of the training and validation curves of each stage of a run, read from its CSV logs; PNG.
 
     An interrupted stage has several logs, which are joined at their steps. Long curves are drawn faintly
-    under their running average.
+    under the mean of their neighbourhood.
     """
     stages = sorted({log.parents[2] for log in run.glob("*/logs/attempt_*/metrics.csv")}, key=_started)
     wanted = []
@@ -164,18 +164,19 @@ def _curve(panel: Axes, curve: Curve, colour: str, name: str) -> None:
     values = [curve[step] for step in steps]
     if len(steps) > 50:
         panel.plot(steps, values, color=colour, linewidth=0.7, alpha=0.3)
-        panel.plot(steps, _average(values, halflife=len(values) / 40), color=colour, linewidth=1.8, label=name)
+        panel.plot(steps, _average(values, len(values) // 40), color=colour, linewidth=1.8, label=name)
     else:
         marker = "o" if len(steps) < 20 else ""
         panel.plot(steps, values, color=colour, linewidth=1.6, label=name, marker=marker, markersize=3.5)
 
 
-def _average(values: Sequence[float], halflife: float) -> list[float]:
-    """Exponential averages of the values so far, unbiased at the start."""
-    keep, total, weight, averages = 0.5 ** (1.0 / halflife), 0.0, 0.0, []
-    for value in values:
-        total, weight = keep * total + (1 - keep) * value, keep * weight + (1 - keep)
-        averages.append(total / weight)
+def _average(values: Sequence[float], reach: int) -> list[float]:
+    """The mean over up to `reach` neighbours on each side, fewer toward the ends, so that it does not lag."""
+    averages = []
+    for i in range(len(values)):
+        side = min(reach, i, len(values) - 1 - i)
+        window = values[i - side : i + side + 1]
+        averages.append(sum(window) / len(window))
     return averages
 
 
@@ -220,5 +221,5 @@ def _dress(panel: Axes, title: str, xlabel: str) -> None:
     panel.set_axisbelow(True)
     panel.spines[["top", "right"]].set_visible(False)
     panel.spines[["left", "bottom"]].set_color(FAINT)
-    panel.tick_params(colors=INK, labelsize=8, length=0)
+    panel.tick_params(which="both", colors=INK, labelsize=8, length=0)
     panel.margins(x=0.04)
