@@ -11,7 +11,6 @@ import webdataset
 
 from ldm.data.shapes import (
     AREAS,
-    POSITIONS,
     Pair,
     Single,
     caption,
@@ -26,6 +25,12 @@ from ldm.data.shapes import (
     write,
 )
 from ldm.errors import UserError
+
+WHERE = {
+    "at the upper left": (0.25, 0.25), "at the top": (0.5, 0.25), "at the upper right": (0.75, 0.25),
+    "at the left": (0.25, 0.5), "in the centre": (0.5, 0.5), "at the right": (0.75, 0.5),
+    "at the lower left": (0.25, 0.75), "at the bottom": (0.5, 0.75), "at the lower right": (0.75, 0.75),
+}  # fmt: skip
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -91,7 +96,20 @@ def test_the_object_stands_where_the_caption_says_and_inside_the_picture() -> No
         y, x = np.nonzero(np.abs(picture - background).max(axis=-1) > 60)
         assert min(x.min(), y.min()) > 0 and max(x.max(), y.max()) < 63
         at = (x.min() + x.max() + 1) / 128, (y.min() + y.max() + 1) / 128
-        assert at == pytest.approx(POSITIONS[what.position], abs=0.1)
+        assert at == pytest.approx(WHERE[what.position], abs=0.1)
+
+
+def test_the_relation_is_drawn_as_told() -> None:
+    """The red object lies in the half that the caption says, the blue one in the other."""
+    for relation, axis, half in (
+        ("above", 0, 0), ("below", 0, 1), ("to the left of", 1, 0), ("to the right of", 1, 1),
+    ):  # fmt: skip
+        what = Pair("red", "circle", relation, "blue", "square")
+        picture = draw(what, 64, np.random.default_rng(1)).astype(int)
+        redder = picture[..., 0] - picture[..., 2]
+        halves = np.split(redder, 2, axis=axis)
+        assert halves[half].max() > 100 and halves[1 - half].max() < 50
+        assert halves[half].min() > -50 and halves[1 - half].min() < -100
 
 
 def test_an_image_is_a_function_of_its_address() -> None:
@@ -99,7 +117,8 @@ def test_an_image_is_a_function_of_its_address() -> None:
     assert np.array_equal(one.image(4), more.image(4))
     assert not np.array_equal(one.image(4), one.image(3))
     assert not np.array_equal(one.image(4), splits(5, 5, 64, 4, False)[0].image(4))
-    assert not np.array_equal(one.image(4), splits(5, 5, 64, 3, False)[1].image(4))
+    backgrounds = {tuple(split.image(4)[0, 0]) for split in splits(5, 5, 64, 3, False)}
+    assert len(backgrounds) == 3
 
 
 def test_shards_are_webdataset_and_their_bytes_repeat(tmp_path: Path) -> None:

@@ -120,6 +120,11 @@ def test_noise_has_no_objects() -> None:
     assert read(generator.integers(0, 256, (64, 64, 3)).astype(np.uint8)) == ()
 
 
+def test_a_pattern_of_many_objects_has_none() -> None:
+    cover = sum(coverage("circle", x, y, 0.1, 64) for x in (0.2, 0.5, 0.8) for y in (0.2, 0.5, 0.8))
+    assert read((240 - 200 * np.asarray(cover)[..., None].repeat(3, axis=2)).astype(np.uint8)) == ()
+
+
 def test_a_second_object_makes_a_single_caption_wrong_in_everything() -> None:
     pair, single = parse("a red circle above a blue star"), parse("a large red circle at the top")
     picture = draw(pair, 64, np.random.default_rng(0))
