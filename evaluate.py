@@ -2,13 +2,23 @@
 
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 from omegaconf import DictConfig, ListConfig
 
 from ldm.checkpoint import write_atomic
-from ldm.config.build import evaluation_sets, load_trained, measures, sampling_settings, trained_size
+from ldm.config.build import (
+    Trained,
+    evaluation_sets,
+    load_trained,
+    measures,
+    pick_device,
+    sampling_settings,
+    trained_size,
+)
 from ldm.config.command import command
+from ldm.errors import UserError
 from ldm.evaluation.evaluate import Evaluation
 from ldm.evaluation.grids import draw_examples
 from ldm.evaluation.protocol import Protocol
@@ -24,27 +34,18 @@ def main(cfg: DictConfig) -> None:
     scales = [float(scale) for scale in (given if isinstance(given, ListConfig) else [given])]
     trained = load_trained(cfg.checkpoint, cfg.weights, cfg.device)
     size = trained_size(trained, cfg.size)
-    sets = evaluation_sets(trained, cfg.data, size, cfg.n)
-    measured = measures(cfg.metrics or trained.config.evaluation.metrics, cfg.metric_options)
-    protocol = Protocol(
-        task="text_to_image",
-        reference=None,
-        prompts=None,
-        weights=trained.folder.record["fingerprint"],
-        ema=cfg.weights == "ema",
-        metrics={},
-        n_images=cfg.n,
-        seed=cfg.seed,
-        size=size,
-        sampler=json.dumps({k: v for k, v in cfg.sampler.items()}),
-        grid=json.dumps({k: v for k, v in cfg.grid.items()}),
-        negative_prompt=cfg.negative_prompt,
-    )
+    sets = evaluation_sets(trained, cfg.data, size, cfg.n, cfg.feature_cache)
+    names = cfg.metrics or trained.config.evaluation.metrics
+    measured, missing = measures(names, cfg.metric_options, pick_device(cfg.device))
+    if not measured:
+        raise UserError(not_measured(missing))
+    for name in missing:
+        sys.stderr.write(f"{name} cannot be measured, the others go on; why is told at the end\n")
     evaluation = Evaluation(
         Generator(trained.model),
         measured,
         lambda scale: sampling_settings(cfg, scale),
-        protocol,
+        protocol_of(cfg, trained, size),
         cfg.seed,
         cfg.batch_size,
         cfg.negative_prompt,
@@ -65,6 +66,32 @@ def main(cfg: DictConfig) -> None:
     draw_examples(rows, out)
     pictures = "\n".join(str(path) for path in sorted(out.glob("*.png")))
     sys.stdout.write(f"\n{table}\n{stages}\n{out / 'results.json'}\n{pictures}\n")
+    if missing:
+        raise UserError(not_measured(missing))
+
+
+def protocol_of(cfg: DictConfig, trained: Trained, size: tuple[int, int]) -> Protocol:
+    """What all results of this evaluation have in common."""
+    return Protocol(
+        task="text_to_image",
+        reference=None,
+        prompts=None,
+        weights=trained.folder.record["fingerprint"],
+        ema=cfg.weights == "ema",
+        metrics={},
+        n_images=cfg.n,
+        seed=cfg.seed,
+        size=size,
+        sampler=json.dumps({k: v for k, v in cfg.sampler.items()}),
+        grid=json.dumps({k: v for k, v in cfg.grid.items()}),
+        guidance=json.dumps({k: v for k, v in cfg.guidance.items() if k != "scale"}),
+        negative_prompt=cfg.negative_prompt,
+    )
+
+
+def not_measured(missing: Mapping[str, str]) -> str:
+    """One line for each metric that could not be measured, with the reason."""
+    return "\n".join(f"{name} was not measured: {reason}" for name, reason in missing.items())
 
 
 if __name__ == "__main__":

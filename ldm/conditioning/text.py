@@ -198,9 +198,17 @@ def clip_text_for(
     intermediate: int = 3072,
     max_position: int = 77,
     act: str = "quick_gelu",
+    token_std: float = 0.02,
+    position_std: float = 0.02,
 ) -> CLIPTextModel:
-    """A text encoder with random weights whose vocabulary and special tokens are the tokenizer's."""
-    return clip_text_from_config(
+    """A text encoder with random weights whose vocabulary and special tokens are the tokenizer's.
+
+    `token_std` and `position_std` are the deviations that the embeddings begin with. CLIP's 0.02 is for long
+    training; beside it the layers' random outputs are large, and words are told apart only after many steps.
+    """
+    if token_std <= 0 or position_std <= 0:
+        raise UserError(f"token_std={token_std}, position_std={position_std}: expected numbers above 0")
+    encoder = clip_text_from_config(
         hidden_size,
         layers,
         heads,
@@ -212,6 +220,9 @@ def clip_text_for(
         eos=cast(int, tokenizer.eos_token_id),
         pad=cast(int, tokenizer.pad_token_id),
     )
+    nn.init.normal_(encoder.embeddings.token_embedding.weight, std=token_std)
+    nn.init.normal_(encoder.embeddings.position_embedding.weight, std=position_std)
+    return encoder
 
 
 def clip_text_from_pretrained(name_or_path: str, subfolder: str = "") -> CLIPTextModel:

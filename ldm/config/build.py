@@ -9,13 +9,16 @@ from typing import Any, cast
 
 import pytorch_lightning as pl
 import torch
+from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pytorch_lightning.loggers import CSVLogger
 
-from ldm.config.check import check
+from ldm.checkpoint import RECORD as CHECKPOINT
+from ldm.config.check import build, check
 from ldm.config.compose import CONFIGS, names, parse
+from ldm.config.versions import versions, write_versions
+from ldm.config.watch import strategy, watch
 from ldm.data.fetch import View
 from ldm.errors import UserError, nearest
 from ldm.evaluation.evaluate import ReferenceSet
@@ -23,18 +26,12 @@ from ldm.evaluation.measures import Measure
 from ldm.generation import SamplingSettings
 from ldm.interop.model_folder import ModelFolder, find_model_folder
 from ldm.latent_diffusion import LatentDiffusion
+from ldm.training.checkpoint_io import FolderCheckpointIO
 from ldm.training.checkpointing import Checkpoints
 from ldm.training.curriculum import Job, Stage
 from ldm.training.ema import EMA
+from ldm.training.frozen import note_origin
 from ldm.training.module import TrainingModule
-from ldm.training.progress import Progress
-
-
-def build(node: DictConfig, path: str = "") -> Any:
-    """The object that a configuration describes; its knobs are checked first."""
-    check(node, path)
-    return instantiate(node)
-
 
 # ------------------------------------------------------------------------------------------------ training
 
@@ -92,17 +89,22 @@ def stages(cfg: DictConfig, overrides: list[str], run_folder: Path) -> tuple[lis
 
 
 def _resume_path(cfg: DictConfig, run_folder: Path) -> Path | None:
-    """The checkpoint file named by resume=PATH, if a file was named; UserError where the path is not there."""
+    """The checkpoint named by resume=PATH, if one was named; UserError where the path is neither that nor the run."""
     if cfg.resume is None or cfg.resume == "auto":
         return None
-    path = Path(cfg.resume)
+    path = Path(cfg.resume).resolve()
     if not path.exists():
-        raise UserError(f"resume={path}: nothing is there; give a run's folder, a checkpoint of it, or auto")
-    if path.is_dir() and path.resolve() != run_folder.resolve():
-        raise UserError(f"resume={path}: this is no run's folder (it has no .hydra); give outputs/NAME/TIME")
-    if path.is_file() and path.resolve().parent.parent.name not in cfg.stages:
+        raise UserError(f"resume={cfg.resume}: nothing is there; give a run's folder, a checkpoint of it, or auto")
+    if path == run_folder.resolve():
+        return None
+    if not (path / CHECKPOINT).is_file():
+        raise UserError(
+            f"resume={cfg.resume}: this is neither a run's folder (it has no .hydra) nor a checkpoint (it has no "
+            f"{CHECKPOINT}); give outputs/NAME/TIME, or STAGE/checkpoints/step_N in it"
+        )
+    if path.parent.parent.name not in cfg.stages:
         raise UserError(f"resume={path}: it is no checkpoint of a stage that this launch runs ({list(cfg.stages)})")
-    return path.resolve() if path.is_file() else None
+    return path
 
 
 def check_devices(trainer: DictConfig) -> None:
@@ -139,27 +141,24 @@ def build_job(config: DictConfig, folder: Path, order: int, models: dict[str, Pa
 
     checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint.every_n_steps, config.checkpoint.keep)
     ema = EMA(config.ema.decay) if config.ema.decay is not None else None
-    callbacks: list[pl.Callback] = [*([ema] if ema else []), checkpoints]
-    if config.trainer.enable_progress_bar:
-        callbacks.append(Progress(config.stage))
-    make_trainer = build(config.trainer)
+    settings = (
+        None if config.task == "first_stage" else sampling_settings(config.samples, config.samples.guidance_scale)
+    )
+    watchers, loggers = watch(config, folder, ema, settings)
+    callbacks: list[pl.Callback] = [*([ema] if ema else []), checkpoints, *watchers]
+    make_trainer = partial(build(config.trainer), strategy=strategy(config.trainer, module))
     if not module.automatic_optimization:  # such a module clips by itself; Lightning refuses to
         make_trainer = partial(make_trainer, gradient_clip_val=None)
-    trainer = make_trainer(callbacks=callbacks, logger=_loggers(config, folder))
+    trainer = make_trainer(callbacks=callbacks, logger=loggers, plugins=[FolderCheckpointIO()])
     text = OmegaConf.to_yaml(config)
     if trainer.is_global_zero:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.yaml").write_text(text)
+        write_versions(folder)
     tokenizer = Path(config.tokenizer_path) if Path(config.tokenizer_path).is_dir() else None
     record = {"experiment": config.name, "order": order, "inherited": {k: str(v) for k, v in models.items()}}
+    record["versions"] = versions()
     return Job(module, datamodule, trainer, checkpoints, ema, text, tokenizer, record)
-
-
-def _loggers(config: DictConfig, folder: Path) -> list[Any]:
-    """A CSV of this attempt (an interrupted stage has several), and the loggers that the configuration adds."""
-    attempt = len(list(folder.glob("logs/attempt_*")))
-    own = CSVLogger(folder / "logs", name="", version=f"attempt_{attempt}", flush_logs_every_n_steps=100)
-    return [own, *([build(config.logger)] if config.logger is not None else [])]
 
 
 def _find(given: str, models: dict[str, Path], knob: str, kind: str) -> ModelFolder:
@@ -209,6 +208,7 @@ def load_strictly(module: torch.nn.Module, state: dict[str, torch.Tensor], origi
         more = f" and {len(wrong) - 8} more" if len(wrong) > 8 else ""
         raise UserError(f"the weights in {origin} don't fit the model: {'; '.join(wrong[:8])}{more}")
     module.load_state_dict(state)
+    note_origin(module, origin)
 
 
 # ----------------------------------------------------------------------------------------- trained models
@@ -251,19 +251,31 @@ def trained_size(trained: Trained, size: Any) -> tuple[int, int]:
     return height, width
 
 
-def measures(metrics: Sequence[str], options: DictConfig) -> list[Measure]:
-    """The measures with the given names of configs/metric, with the options given for each."""
+def measures(metrics: Sequence[str], options: DictConfig, device: torch.device) -> tuple[list[Measure], dict[str, str]]:
+    """The measures with the given names of configs/metric, and of those that cannot be built the reason, by name.
+
+    `options` holds what differs from configs/metric, by name. UserError for a name that does not exist.
+    """
     known = [path.stem for path in sorted((CONFIGS / "metric").glob("*.yaml"))]
     for name in metrics:
         if name not in known:
             raise UserError(f"metrics: there is no metric {name!r}; {nearest(name, known)}")
-    found = []
+    found, missing = [], {}
     for name in metrics:
+        path = f"metric_options.{name}"
         node = OmegaConf.load(CONFIGS / "metric" / f"{name}.yaml")
-        given = _without_nulls(OmegaConf.to_container(options.get(name, OmegaConf.create({}))))
-        merged = cast(DictConfig, OmegaConf.merge(node, given))
-        found.append(build(merged, f"metric_options.{name}"))
-    return found
+        given = OmegaConf.to_container(options.get(name, OmegaConf.create({})), resolve=True)
+        merged = cast(DictConfig, OmegaConf.merge(node, _without_nulls(given)))
+        check(merged, path)
+        try:
+            found.append(cast(Measure, instantiate(merged)).to(device))
+        except InstantiationException as error:
+            if not isinstance(error.__cause__, UserError):
+                raise
+            leaves = [knob for knob in names(merged) if not OmegaConf.is_config(OmegaConf.select(merged, knob))]
+            knobs = [f"{path}.{knob}" for knob in leaves if not knob.endswith("_target_")]
+            missing[name] = str(error.__cause__) + (f" ({', '.join(knobs)})" if knobs else "")
+    return found, missing
 
 
 def _without_nulls(options: Any) -> Any:
@@ -273,7 +285,9 @@ def _without_nulls(options: Any) -> Any:
     return {name: _without_nulls(value) for name, value in options.items() if value is not None}
 
 
-def evaluation_sets(trained: Trained, data: Any, size: tuple[int, int], n: int) -> list[ReferenceSet]:
+def evaluation_sets(
+    trained: Trained, data: Any, size: tuple[int, int], n: int, cache: str | None = None
+) -> list[ReferenceSet]:
     """The sets to evaluate on: one of the model's own by name, other shards, or all of the model's own."""
     if n < 2:
         raise UserError(f"n={n}: a distance and an interval need at least 2 pictures")
@@ -286,7 +300,7 @@ def evaluation_sets(trained: Trained, data: Any, size: tuple[int, int], n: int) 
         raise UserError(f"data={data}: neither a set of the model nor shards; {nearest(data, own)}")
     else:
         chosen = {"data": OmegaConf.to_container(data) if OmegaConf.is_config(data) else data}
-    return [ReferenceSet(name, shards, size, n) for name, shards in chosen.items()]
+    return [ReferenceSet(name, shards, size, n, cache) for name, shards in chosen.items()]
 
 
 def read_prompts(prompt: str | None, prompts: str | None) -> list[str]:

@@ -11,28 +11,16 @@ from torchmetrics import Metric
 from transformers import CLIPModel, CLIPTextConfig, CLIPTokenizer, CLIPVisionConfig
 
 from ldm.checkpoint import fingerprint
+from ldm.conditioning import tokenizer_from_pretrained
 from ldm.errors import UserError
 from ldm.evaluation.interval import Interval, of_mean
+from ldm.evaluation.preparation import Preparation
+from ldm.evaluation.vision import load_pretrained
 
-MEAN = (0.48145466, 0.4578275, 0.40821073)
-STD = (0.26862954, 0.26130258, 0.27577711)
 
-
-def preprocess(images: Tensor, size: int) -> Tensor:
-    """CLIP's input [B, 3, size, size] of images [B, 3, H, W] in [0, 1] (Radford et al. 2021).
-
-    Rounded to 8 bits, the shorter side resized (bicubic, antialias), centre crop, normalised.
-    """
-    pixels = (images.float().clamp(0.0, 1.0) * 255.0).round()
-    height, width = pixels.shape[-2:]
-    short = min(height, width)
-    resized = (max(size, int(size * height / short)), max(size, int(size * width / short)))
-    if resized != (height, width):
-        pixels = F.interpolate(pixels, resized, mode="bicubic", antialias=True).round().clamp(0.0, 255.0)
-    top, left = (resized[0] - size) // 2, (resized[1] - size) // 2
-    pixels = pixels[..., top : top + size, left : left + size]
-    mean, std = (torch.tensor(v, device=pixels.device)[:, None, None] for v in (MEAN, STD))
-    return (pixels / 255.0 - mean) / std
+def preparation(size: int) -> Preparation:
+    """CLIP's: the shorter side to `size` pixels (bicubic, antialias), centre crop (Radford et al. 2021)."""
+    return Preparation(size, (size, size))
 
 
 class CLIPScore(Metric):
@@ -53,7 +41,8 @@ class CLIPScore(Metric):
         super().__init__()
         self.model = model.train(False).requires_grad_(False)
         self.tokenizer, self.name = tokenizer, name
-        self.size: int = cast(CLIPVisionConfig, model.config.vision_config).image_size  # type: ignore[assignment]
+        size = cast(int, cast(CLIPVisionConfig, model.config.vision_config).image_size)
+        self.preparation = preparation(size)
         self.max_length: int = cast(CLIPTextConfig, model.config.text_config).max_position_embeddings
         self.add_state("count", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
         self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
@@ -62,30 +51,23 @@ class CLIPScore(Metric):
     @classmethod
     def from_pretrained(cls, source: str) -> Self:
         """With a CLIP of a folder or of the Hugging Face hub, e.g. "openai/clip-vit-large-patch14"."""
-        try:
-            model = CLIPModel.from_pretrained(source)
-            tokenizer = CLIPTokenizer.from_pretrained(source)
-        except OSError as error:
-            raise UserError(
-                f"no CLIP model at {source!r}: give a folder that CLIPModel.save_pretrained wrote (with its "
-                f"tokenizer), or a name on the hub that can be reached ({str(error).splitlines()[0]})"
-            ) from error
-        return cls(model, tokenizer, name=source)
+        model = load_pretrained(CLIPModel, source)
+        return cls(cast(CLIPModel, model), tokenizer_from_pretrained(source), name=source)
 
     @cached_property
     def description(self) -> str:
         """All that the score depends on: the model, its weights and the resize."""
         weights = fingerprint(self.model.state_dict())
-        return f"{self.name}@{weights}, bicubic antialias to {self.size}, centre crop"
+        return f"{self.name}@{weights}, {self.preparation}"
 
     @torch.inference_mode()
     def scores(self, images: Tensor, captions: Sequence[str]) -> Tensor:
         """The score [B] of each image [B, 3, H, W] in [0, 1] with its caption, 0 to 100."""
         if len(images) != len(captions):
             raise UserError(f"{len(images)} pictures but {len(captions)} captions")
-        image = self.model.visual_projection(
-            self.model.vision_model(pixel_values=preprocess(images, self.size)).pooler_output
-        )
+        images = images.to(self.model.device)
+        pixels = self.preparation((images.float().clamp(0.0, 1.0) * 255.0).round())
+        image = self.model.visual_projection(self.model.vision_model(pixel_values=pixels).pooler_output)
         tokens = self.tokenizer(
             list(captions),
             padding=True,

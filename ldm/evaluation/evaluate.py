@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -10,7 +11,8 @@ from tqdm import tqdm
 from ldm.data.fetch import Fetcher, View
 from ldm.data.index import load_manifest
 from ldm.data.shards import Shards
-from ldm.evaluation.measures import Measure
+from ldm.evaluation.features import Features, reference_features
+from ldm.evaluation.measures import Batch, Measure
 from ldm.evaluation.protocol import Protocol, Result, Value, digest
 from ldm.evaluation.reconstruction import psnr
 from ldm.generation import Generator, Request, SamplingSettings
@@ -20,9 +22,14 @@ EXAMPLES = 32
 
 
 class ReferenceSet:
-    """The first n pictures of some shards at the evaluated size, and their captions; the captions are the prompts."""
+    """The first n pictures of some shards at the evaluated size, and their captions; the captions are the prompts.
 
-    def __init__(self, name: str, shards: Shards, size: tuple[int, int], n: int) -> None:
+    Their features are kept in the folder `cache` (None: not).
+    """
+
+    def __init__(
+        self, name: str, shards: Shards, size: tuple[int, int], n: int, cache: str | Path | None = None
+    ) -> None:
         manifest = load_manifest(shards)
         self.name = name
         self.size = size
@@ -30,12 +37,21 @@ class ReferenceSet:
         self.fingerprint = f"{manifest.fingerprint}, first {self.n}, {size[0]}x{size[1]} centre crop"
         self._fetcher = Fetcher(manifest, View.of(size))
         self.captions = [self._fetcher.caption(index) for index in range(self.n)]
+        self._cache = cache
+        self._features: dict[str, Tensor] = {}
 
     def __iter__(self) -> Iterator[Tensor]:
         """The pictures, [B, 3, H, W] in [0, 1]."""
         for first in range(0, self.n, BATCH):
             found = [self._fetcher.good(index)[0] for index in range(first, min(first + BATCH, self.n))]
             yield torch.stack([sample.image for sample in found]) * 0.5 + 0.5
+
+    def features(self, network: Features) -> Tensor:
+        """The features [n, D] of the pictures, extracted once for each network."""
+        if network.description not in self._features:
+            found = reference_features(self, network, self._cache, self.fingerprint)
+            self._features[network.description] = found
+        return self._features[network.description]
 
 
 @dataclass(frozen=True)
@@ -127,10 +143,10 @@ class Evaluation:
         position, examples = 0, []
         for images in batches:
             examples += list(images[: max(0, EXAMPLES - position)])
-            captions = reference.captions[position : position + len(images)]
+            batch = Batch(images, reference.captions[position : position + len(images)], position)
             position += len(images)
             for measure in measures:
-                measure.update(images, captions)
+                measure.update(batch)
         values = {name: value for measure in measures for name, value in measure.values().items()}
         protocol = replace(
             self.protocol,

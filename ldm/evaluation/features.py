@@ -1,31 +1,35 @@
-"""Feature networks: what turns an image into the vector that a Frechet distance compares.
+"""Feature networks: what turns an image into the vector that a Frechet or a kernel distance compares.
 
 A distance depends on the network, on its weights and on how images were resized for it; a `Features` says
 all three, and every result carries them.
 """
 
+import hashlib
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.checkpoint import fingerprint
+from ldm.checkpoint import fingerprint, load_tensors, save_tensors
 from ldm.errors import UserError
 from ldm.networks.efficientnet import EfficientNetLite0
-from ldm.networks.inception import DIM, InceptionV3, resize_tensorflow1
+from ldm.networks.inception import InceptionV3, resize_tensorflow1
+from ldm.networks.weights import find_weights
+
+INCEPTION = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
 
 
 class Features(nn.Module, ABC):
-    """Images [B, 3, H, W] in [0, 1] to features [B, dim], float32.
+    """Images [B, 3, H, W] in [0, 1] to features [B, D], float32.
 
     Images are rounded to 8 bits first, so that pictures from memory and from files count alike.
     """
 
     name: str
     resize: str
-    dim: int
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
@@ -33,25 +37,35 @@ class Features(nn.Module, ABC):
         self.fingerprint = fingerprint(network.state_dict())
 
     @property
-    def distance_label(self) -> str:
+    def frechet_label(self) -> str:
         """What a Frechet distance over these features is called; "FID" is Inception's alone."""
         return f"Frechet({self.name})"
+
+    @property
+    def kernel_label(self) -> str:
+        """What a kernel distance over these features is called; "KID" is Inception's alone."""
+        return f"Kernel({self.name})"
 
     @property
     def description(self) -> str:
         """All that the numbers depend on: the network, its weights and the resize."""
         return f"{self.name}@{self.fingerprint}, {self.resize}"
 
+    @property
+    def device(self) -> torch.device:
+        """Where the network lies."""
+        return next((weight.device for weight in self.parameters()), torch.device("cpu"))
+
     @torch.inference_mode()
     def forward(self, images: Tensor) -> Tensor:
-        """Features [B, dim] of images [B, 3, H, W] in [0, 1], on the images' device."""
+        """Features [B, D] of images [B, 3, H, W] in [0, 1], on the network's device."""
         if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
             raise UserError(f"features are of float images [B, 3, H, W] in [0, 1], not {list(images.shape)}")
-        return self.extract((images.float().clamp(0.0, 1.0) * 255.0).round())
+        return self.extract((images.to(self.device).float().clamp(0.0, 1.0) * 255.0).round())
 
     @abstractmethod
     def extract(self, pixels: Tensor) -> Tensor:
-        """Features [B, dim] of pixels [B, 3, H, W] in 0 .. 255, float32."""
+        """Features [B, D] of pixels [B, 3, H, W] in 0 .. 255, float32."""
 
 
 class EfficientNetFeatures(Features):
@@ -62,7 +76,6 @@ class EfficientNetFeatures(Features):
     """
 
     name = "efficientnet-lite0"
-    dim = 1280
 
     def __init__(self, network: EfficientNetLite0 | None = None, size: int = 128) -> None:
         super().__init__(network or EfficientNetLite0.from_package())
@@ -79,22 +92,43 @@ class EfficientNetFeatures(Features):
 
 
 class InceptionFeatures(Features):
-    """2048 pool3 features of FID's Inception, with its resize: the distance over them is the papers' FID.
+    """2048 pool3 features of FID's Inception, with its resize: distances over them are the papers' FID and KID.
 
-    `path` is pytorch-fid's `pt_inception-2015-12-05-6726825d.pth`.
+    `path` is pytorch-fid's file of weights or an http(s) address to download it from; None: the published
+    file in torch.hub's folder, where pytorch-fid puts it as well.
     """
 
     name = "inception-v3-2015-12-05"
     resize = "bilinear tf1 (no antialias) to 299"
-    dim = DIM
 
-    def __init__(self, path: str | Path) -> None:
-        super().__init__(InceptionV3.from_file(path))
+    def __init__(self, path: str | Path | None = None) -> None:
+        super().__init__(InceptionV3.from_file(find_weights(path, INCEPTION, "91 MB")))
 
     @property
-    def distance_label(self) -> str:
+    def frechet_label(self) -> str:
         return "FID"
+
+    @property
+    def kernel_label(self) -> str:
+        return "KID"
 
     def extract(self, pixels: Tensor) -> Tensor:
         features: Tensor = self.network((resize_tensorflow1(pixels) - 128.0) / 128.0)
         return features
+
+
+def reference_features(images: Iterable[Tensor], features: Features, cache_dir: str | Path | None, key: str) -> Tensor:
+    """The features [N, D] of a reference set, from the cache or, the first time, from its images.
+
+    `key` names the data and how they were prepared (fingerprint, n, size, crop); the network, its weights
+    and its resize are added to it. `images` is not touched where the cache has them. None: no cache.
+    """
+    if cache_dir is None:
+        return torch.cat([features(batch).cpu() for batch in images])
+    address = f"{key}\n{features.description}"
+    digest = hashlib.sha256(address.encode()).hexdigest()[:16]
+    path = Path(cache_dir) / f"{features.name.replace('/', '--')}-{digest}.safetensors"
+    if not path.exists():
+        found = torch.cat([features(batch).cpu() for batch in images])
+        save_tensors(path, {"features": found}, {"key": key, "features": features.description})
+    return load_tensors(path)[0]["features"]

@@ -6,10 +6,8 @@ factors, `tr sqrt(A A' B B') = ||A' B||_*`: real, and exact also where there are
 where `scipy.linalg.sqrtm` turns complex or is off by 1e-5.
 """
 
-import hashlib
-from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
+from functools import cached_property
 from typing import Self
 
 import torch
@@ -17,9 +15,10 @@ from scipy.stats import t as student
 from torch import Tensor
 from torchmetrics import Metric
 
-from ldm.checkpoint import load_tensors, save_tensors
 from ldm.errors import UserError
-from ldm.evaluation.features import Features
+from ldm.evaluation.interval import Interval
+
+CHUNK = 4096  # feature vectors that are float64 at a time
 
 
 @dataclass(frozen=True)
@@ -38,6 +37,19 @@ class Statistics:
         mean = total / count
         return cls(count, mean, (outer - count * torch.outer(mean, mean)) / (count - 1))
 
+    @classmethod
+    def of(cls, features: Tensor) -> Self:
+        """Of features [N, D], in chunks."""
+        dim = features.shape[1]
+        total = torch.zeros(dim, dtype=torch.float64, device=features.device)
+        outer = torch.zeros(dim, dim, dtype=torch.float64, device=features.device)
+        for part in torch.split(features, CHUNK):
+            values = part.to(torch.float64)
+            total += values.sum(0)
+            outer += values.T @ values
+        return cls.from_sums(len(features), total, outer)
+
+    @cached_property
     def factor(self) -> Tensor:
         """A [D, R] with A A' the covariance, R at most count - 1: rounding adds no direction to the rank."""
         values, vectors = torch.linalg.eigh(self.covariance)
@@ -48,9 +60,15 @@ class Statistics:
         return factor
 
 
+def check_features(features: Tensor, dim: int) -> None:
+    """UserError where features are not [B, dim]: they are another network's than the reference's."""
+    if features.ndim != 2 or features.shape[1] != dim:
+        raise UserError(f"the reference has {dim} features, these are {list(features.shape)}: of another network?")
+
+
 def frechet_distance(a: Statistics, b: Statistics) -> float:
     """The squared Frechet (2-Wasserstein) distance of two Gaussians (Dowson and Landau 1982)."""
-    return _distance(a, b, float(torch.linalg.svdvals(a.factor().T @ b.factor()).sum()))
+    return _distance(a, b, float(torch.linalg.svdvals(a.factor.T @ b.factor).sum()))
 
 
 def _distance(a: Statistics, b: Statistics, shared: float) -> float:
@@ -59,14 +77,14 @@ def _distance(a: Statistics, b: Statistics, shared: float) -> float:
     return float((a.mean - b.mean).square().sum() + traces) - 2.0 * shared
 
 
-def _distance_without_svd(a: Statistics, b: Statistics, factor: Tensor) -> float:
-    """The squared distance with the factor of b at hand: five times as fast, off by up to 1e-5."""
-    values = torch.linalg.eigvalsh(factor.T @ a.covariance @ factor)
+def _distance_without_svd(a: Statistics, b: Statistics) -> float:
+    """The squared distance by the factor of b alone: five times as fast, off by up to 1e-5."""
+    values = torch.linalg.eigvalsh(b.factor.T @ a.covariance @ b.factor)
     return _distance(a, b, float(values.clamp(min=0.0).sqrt().sum()))
 
 
 class FrechetDistance(Metric):
-    """The Frechet distance of the images seen so far from a reference; `label` says which one it is.
+    """The Frechet distance of the features seen so far from a reference.
 
     The state is the count, sum and sum of outer products of the features in each of `groups` groups, so it
     adds up over batches and processes. An image's group is its index modulo `groups`. `interval` leaves out
@@ -83,33 +101,24 @@ class FrechetDistance(Metric):
     total: Tensor
     outer: Tensor
 
-    def __init__(self, features: Features, reference: Statistics, groups: int = 10) -> None:
+    def __init__(self, reference: Statistics, groups: int = 10) -> None:
         super().__init__()
         if groups < 2:
             raise UserError(f"groups={groups}: the interval leaves out one group at a time, give 2 or more")
-        if reference.mean.shape != (features.dim,):
-            raise UserError(
-                f"the reference has {len(reference.mean)} features, {features.name} gives {features.dim}: "
-                "make it again with this network"
-            )
-        self.features, self.reference, self.groups = features, reference, groups
-        dim = features.dim
+        self.reference, self.groups = reference, groups
+        dim = len(reference.mean)
         self.add_state("count", torch.zeros(groups, dtype=torch.int64), dist_reduce_fx="sum")
         self.add_state("total", torch.zeros(groups, dim, dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("outer", torch.zeros(groups, dim, dim, dtype=torch.float64), dist_reduce_fx="sum")
 
-    @property
-    def label(self) -> str:
-        """ "FID" for Inception's features, else "Frechet(<network>)"."""
-        return self.features.distance_label
-
-    def update(self, images: Tensor, indices: Tensor | None = None) -> None:
-        """Adds images [B, 3, H, W] in [0, 1] with their indices [B] in the whole set.
+    def update(self, features: Tensor, indices: Tensor | None = None) -> None:
+        """Adds features [B, D] of images with their indices [B] in the whole set.
 
         Without indices the images are numbered as they come, which is enough in one process; the distance
         itself does not depend on them, only the interval does.
         """
-        features = self.features(images).to(torch.float64)
+        check_features(features, len(self.reference.mean))
+        features = features.to(self.total)
         if indices is None:
             start = int(self.count.sum())
             indices = torch.arange(start, start + len(features))
@@ -124,59 +133,31 @@ class FrechetDistance(Metric):
         """The distance, a float64 scalar."""
         return torch.tensor(frechet_distance(self._without(None), self._reference()), dtype=torch.float64)
 
-    def interval(self, confidence: float = 0.95) -> tuple[float, float]:
-        """The confidence interval around `compute()`, from the distances without each group.
+    def interval(self, confidence: float = 0.95) -> Interval:
+        """The confidence interval around `compute()`; after a distributed run, within `sync_context()`."""
+        return self.estimate(confidence)[1]
 
-        Of this process's state; after a distributed run, within `sync_context()`.
-        """
+    def estimate(self, confidence: float = 0.95) -> tuple[float, Interval]:
+        """The value of `compute()` and its interval, from the distances without each group."""
         held = [g for g in range(self.groups) if self.count[g] > 0]
         if len(held) < 2:
             raise UserError(f"an interval needs images in 2 groups at least, there are {len(held)}")
         reference = self._reference()
-        factor = reference.factor()
-        without = torch.tensor(
-            [_distance_without_svd(self._without(g), reference, factor) for g in held], dtype=torch.float64
-        )
+        without = torch.tensor([_distance_without_svd(self._without(g), reference) for g in held], dtype=torch.float64)
         g = len(held)
         error = float(((g - 1) / g * (without - without.mean()).square().sum()).sqrt())
         half = float(student.ppf(0.5 + confidence / 2, g - 1)) * error
         value = frechet_distance(self._without(None), reference)
-        return max(0.0, value - half), value + half
+        return value, (max(0.0, value - half), value + half)
 
     def _reference(self) -> Statistics:
-        mean, covariance = self.reference.mean.to(self.total), self.reference.covariance.to(self.total)
-        return Statistics(self.reference.count, mean, covariance)
+        """The reference where the state lies."""
+        if (self.reference.mean.device, self.reference.mean.dtype) != (self.total.device, self.total.dtype):
+            mean, covariance = self.reference.mean.to(self.total), self.reference.covariance.to(self.total)
+            self.reference = Statistics(self.reference.count, mean, covariance)
+        return self.reference
 
     def _without(self, group: int | None) -> Statistics:
         """The statistics of all images but those of a group."""
         kept = torch.tensor([g != group for g in range(self.groups)], device=self.total.device)
         return Statistics.from_sums(int(self.count[kept].sum()), self.total[kept].sum(0), self.outer[kept].sum(0))
-
-
-@torch.inference_mode()
-def statistics(images: Iterable[Tensor], features: Features) -> Statistics:
-    """The statistics of batches of images [B, 3, H, W] in [0, 1] on the network's device."""
-    count, total, outer = 0, torch.zeros(()), torch.zeros(())
-    for batch in images:
-        values = features(batch).to(torch.float64)
-        total, outer = total.to(values) + values.sum(0), outer.to(values) + values.T @ values
-        count += len(values)
-    return Statistics.from_sums(count, total, outer)
-
-
-def reference_statistics(images: Iterable[Tensor], features: Features, cache_dir: str | Path, key: str) -> Statistics:
-    """The statistics of a reference set, from the cache or, the first time, from its images.
-
-    `key` names the data and how they were prepared (fingerprint, split, size, crop); the network, its
-    weights and its resize are added to it. `images` is not touched where the cache has them.
-    """
-    address = f"{key}\n{features.description}"
-    digest = hashlib.sha256(address.encode()).hexdigest()[:16]
-    path = Path(cache_dir) / f"{features.name}-{digest}.safetensors"
-    if path.exists():
-        tensors, _ = load_tensors(path)
-        return Statistics(int(tensors["count"]), tensors["mean"], tensors["covariance"])
-    found = statistics(images, features)
-    tensors = {"mean": found.mean, "covariance": found.covariance, "count": torch.tensor(found.count)}
-    save_tensors(path, tensors, {"key": key, "features": features.description})
-    return Statistics(found.count, found.mean.cpu(), found.covariance.cpu())

@@ -22,7 +22,7 @@ Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
 def labelled_grid(images: Sequence[Tensor], labels: Sequence[str], path: Path, columns: int = 8) -> None:
-    """Writes a PNG of the images [3, H, W] in [0, 1] with their labels, wrapped, below them.
+    """Writes a PNG of the images [3, H, W] in [0, 1] with their labels, wrapped to six lines at most, below them.
 
     Small pictures are enlarged by a whole number without smoothing, so that one sees what was made.
     """
@@ -85,15 +85,33 @@ def draw_examples(rows: Sequence[Row], folder: Path) -> None:
             labelled_grid(list(row.examples), row.captions, folder / name)
 
 
-def wrap(text: str, font: Font, width: float) -> list[str]:
-    """The lines of a text that are at most `width` pixels wide; a longer word has a line to itself."""
+def wrap(text: str, font: Font, width: float, most: int = 6) -> list[str]:
+    """The lines of a text that are at most `width` pixels wide; longer words are broken.
+
+    Of more than `most` lines the rest is left out, and the last ends in "...".
+    """
     lines: list[str] = []
     for word in text.split():
         if lines and font.getlength(f"{lines[-1]} {word}") <= width:
             lines[-1] = f"{lines[-1]} {word}"
         else:
-            lines.append(word)
+            lines += _broken(word, font, width)
+    if len(lines) > most:
+        last = lines[most - 1]
+        while last and font.getlength(f"{last}...") > width:
+            last = last[:-1]
+        lines = [*lines[: most - 1], f"{last.rstrip()}..."]
     return lines
+
+
+def _broken(word: str, font: Font, width: float) -> list[str]:
+    """A word in pieces that are at most `width` pixels wide, of one letter at least."""
+    pieces = [""]
+    for letter in word:
+        if pieces[-1] and font.getlength(pieces[-1] + letter) > width:
+            pieces.append("")
+        pieces[-1] += letter
+    return pieces
 
 
 def _tile(image: Tensor) -> Image.Image:

@@ -1,31 +1,68 @@
 """Measures: a metric over pictures and their captions, with its interval and the words for its seal."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from typing import Protocol, Self
 
+import torch
 from torch import Tensor
 
 from ldm.evaluation.alignment import Alignment
 from ldm.evaluation.clip_score import CLIPScore
 from ldm.evaluation.features import Features
-from ldm.evaluation.frechet import FrechetDistance, Statistics, statistics
-from ldm.evaluation.interval import wilson
+from ldm.evaluation.frechet import FrechetDistance, Statistics
+from ldm.evaluation.interval import Interval, wilson
+from ldm.evaluation.kernel import KernelDistance, Points
 from ldm.evaluation.protocol import Value
 
 
+class Reference(Protocol):
+    """The pictures that others are compared with."""
+
+    def features(self, network: Features) -> Tensor:
+        """Their features [N, D] on the CPU, which are extracted once for each network."""
+
+
+class Batch:
+    """Pictures with their captions, and their features: each network sees them once, however many measures ask.
+
+    images     [B, 3, H, W] in [0, 1]
+    captions   B of them
+    first      the index of the first one in the whole set
+    """
+
+    def __init__(self, images: Tensor, captions: Sequence[str], first: int = 0) -> None:
+        self.images, self.captions = images, captions
+        self.indices = torch.arange(first, first + len(images))
+        self._features: dict[str, Tensor] = {}
+
+    def features(self, network: Features) -> Tensor:
+        """The features [B, D] of the pictures; networks of one description are the same one."""
+        if network.description not in self._features:
+            self._features[network.description] = network(self.images)
+        return self._features[network.description]
+
+
 class Measure(ABC):
-    """One kind of number about a set of pictures: begin, update with batches, read the values."""
+    """One kind of number about a set of pictures: begin, update with batches, read the values.
+
+    Where processes share the pictures, `values` are of all of them, in each process.
+    """
 
     needs_others: bool = False
     """Whether it compares with the reference pictures, so that these have no value themselves."""
 
-    @abstractmethod
-    def begin(self, reference: Iterable[Tensor]) -> None:
-        """Starts anew, against reference pictures [B, 3, H, W] in [0, 1]; read only by `needs_others`."""
+    def to(self, device: torch.device) -> Self:
+        """The same measure with its networks on `device`."""
+        return self
 
     @abstractmethod
-    def update(self, images: Tensor, captions: Sequence[str]) -> None:
-        """Takes in pictures [B, 3, H, W] in [0, 1] and their captions."""
+    def begin(self, reference: Reference) -> None:
+        """Starts anew, against reference pictures; read only by `needs_others`."""
+
+    @abstractmethod
+    def update(self, batch: Batch) -> None:
+        """Takes in pictures and their captions."""
 
     @abstractmethod
     def values(self) -> dict[str, Value]:
@@ -39,14 +76,16 @@ class Measure(ABC):
 class ShapesAlignment(Measure):
     """The share of pictures of the shapes data set that show what their captions say, read from the pixels."""
 
-    def begin(self, reference: Iterable[Tensor]) -> None:
+    def begin(self, reference: Reference) -> None:
         self._metric = Alignment()
 
-    def update(self, images: Tensor, captions: Sequence[str]) -> None:
-        self._metric.update(images, captions)
+    def update(self, batch: Batch) -> None:
+        self._metric.update(batch.images, batch.captions)
 
     def values(self) -> dict[str, Value]:
-        shares, counts = self._metric.compute(), self._metric.n()
+        shares = self._metric.compute()
+        with self._metric.sync_context():
+            counts = self._metric.n()
         found = {}
         for name, share in shares.items():
             low, high = wilson(round(float(share) * counts[name]), counts[name])
@@ -57,32 +96,92 @@ class ShapesAlignment(Measure):
         return {"alignment": "ldm.evaluation.shapes_reader"}
 
 
-class Frechet(Measure):
-    """The Frechet distance of a feature network between the pictures and the reference pictures.
-
-    It is called FID where the network is Inception in FID's layout, else by its network's name.
-    """
+class Distance(Measure):
+    """A distance between the pictures and the reference pictures in the eyes of a feature network."""
 
     needs_others = True
 
     def __init__(self, features: Features) -> None:
-        self.features = features
-        self._reference: tuple[Iterable[Tensor], Statistics] | None = None
+        self.network = features
+        self._reference: Reference | None = None
 
-    def begin(self, reference: Iterable[Tensor]) -> None:
-        if self._reference is None or self._reference[0] is not reference:
-            self._reference = reference, statistics(reference, self.features)
-        self._metric = FrechetDistance(self.features, self._reference[1])
+    def to(self, device: torch.device) -> Self:
+        self.network.to(device)
+        return self
 
-    def update(self, images: Tensor, captions: Sequence[str]) -> None:
-        self._metric.update(images)
+    def begin(self, reference: Reference) -> None:
+        if self._reference is not reference:
+            self.set_reference(reference.features(self.network).to(self.network.device))
+            self._reference = reference
+        self.start()
 
     def values(self) -> dict[str, Value]:
-        low, high = self._metric.interval()
-        return {self.features.distance_label: Value(float(self._metric.compute()), low, high)}
+        value, (low, high) = self.estimate()
+        return {self.label: Value(value, low, high)}
 
     def descriptions(self) -> Mapping[str, str]:
-        return {self.features.distance_label: self.features.description}
+        return {self.label: self.network.description}
+
+    @property
+    @abstractmethod
+    def label(self) -> str:
+        """What the distance is called."""
+
+    @abstractmethod
+    def set_reference(self, features: Tensor) -> None:
+        """Keeps what is needed of the reference's features [N, D]."""
+
+    @abstractmethod
+    def start(self) -> None:
+        """Makes a fresh metric against that."""
+
+    @abstractmethod
+    def estimate(self) -> tuple[float, Interval]:
+        """The value and its 95 % interval."""
+
+
+class Frechet(Distance):
+    """The Frechet distance of a feature network: FID where it is FID's Inception, else named by its network."""
+
+    @property
+    def label(self) -> str:
+        return self.network.frechet_label
+
+    def set_reference(self, features: Tensor) -> None:
+        self._statistics = Statistics.of(features)
+
+    def start(self) -> None:
+        self._metric = FrechetDistance(self._statistics)
+
+    def update(self, batch: Batch) -> None:
+        features = batch.features(self.network)
+        self._metric.to(features.device).update(features, batch.indices)
+
+    def estimate(self) -> tuple[float, Interval]:
+        with self._metric.sync_context():
+            return self._metric.estimate()
+
+
+class Kernel(Distance):
+    """The kernel distance of a feature network: KID where it is FID's Inception, else named by its network."""
+
+    @property
+    def label(self) -> str:
+        return self.network.kernel_label
+
+    def set_reference(self, features: Tensor) -> None:
+        self._points = Points(features)
+
+    def start(self) -> None:
+        self._metric = KernelDistance(self._points)
+
+    def update(self, batch: Batch) -> None:
+        features = batch.features(self.network)
+        self._metric.to(features.device).update(features)
+
+    def estimate(self) -> tuple[float, Interval]:
+        with self._metric.sync_context():
+            return self._metric.estimate()
 
 
 class ClipScore(Measure):
@@ -92,15 +191,21 @@ class ClipScore(Measure):
         """`model` is a folder, or a name on the hub, of a transformers CLIP model with its tokenizer."""
         self._metric = CLIPScore.from_pretrained(model)
 
-    def begin(self, reference: Iterable[Tensor]) -> None:
+    def to(self, device: torch.device) -> Self:
+        self._metric.to(device)
+        return self
+
+    def begin(self, reference: Reference) -> None:
         self._metric.reset()
 
-    def update(self, images: Tensor, captions: Sequence[str]) -> None:
-        self._metric.update(images, captions)
+    def update(self, batch: Batch) -> None:
+        self._metric.update(batch.images, batch.captions)
 
     def values(self) -> dict[str, Value]:
-        low, high = self._metric.interval()
-        return {"clip_score": Value(float(self._metric.compute()), low, high)}
+        value = float(self._metric.compute())
+        with self._metric.sync_context():
+            low, high = self._metric.interval()
+        return {"clip_score": Value(value, low, high)}
 
     def descriptions(self) -> Mapping[str, str]:
         return {"clip_score": self._metric.description}

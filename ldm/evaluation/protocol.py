@@ -13,7 +13,7 @@ from ldm.checkpoint import write_atomic
 from ldm.errors import UserError, nearest
 
 FORMAT = 1
-PACKAGES = ("ldm", "torch", "transformers", "torchmetrics", "numpy", "pillow")
+PACKAGES = ("ldm", "torch", "transformers", "torchmetrics", "numpy", "scipy", "pillow")
 
 
 def versions() -> dict[str, str]:
@@ -51,11 +51,12 @@ class Protocol:
     ema: bool
     metrics: Mapping[str, str]  # by name: network, weights and resize; Features.description and the like
     n_images: int
-    seed: int
+    seed: int  # picture i has seed + i
     size: tuple[int, int]  # (H, W) of the images
     sampler: str | None = None
     grid: str | None = None
     steps: int | None = None
+    guidance: str | None = None  # all of it but the scale
     guidance_scale: float | None = None
     negative_prompt: str | None = None
     precision: str = "32-true"

@@ -1,8 +1,8 @@
 """What a person reads of an evaluation: one table, and plots of the samples and of the training."""
 
-import csv
-from collections.abc import Mapping, Sequence
-from math import ceil
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from math import ceil, floor, log10
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ AXES = ("task", "reference", "prompts", "guidance_scale", "steps")
 COLOURS = ("#2f6db3", "#d9772b", "#3a9a5b", "#b0413e", "#7a5ea8", "#6b6b6b")
 INK, FAINT = "#333333", "#dddddd"
 CURVES = ("loss", "reconstruction", "pixel", "perceptual", "psnr")  # that are plotted, train/ and val/ together
+METRICS = "metrics.jsonl"  # of a stage: a JSON object on a line, with "step", "time" and what was logged
 Curve = dict[int, float]  # value at step
 
 
@@ -77,7 +78,10 @@ def _cell(value: Value | None, name: str) -> str:
     if value is None:
         return ""
     scale, unit = (100.0, " %") if name in ATTRIBUTES else (1.0, "")
-    digits = max(1, 4 - len(str(int(abs(value.value * scale))))) if not unit else 1
+    size = abs(value.value)
+    digits = 1 if unit else max(1, 4 - len(str(int(size))))
+    if 0 < size < 0.1 and not unit:  # a kernel distance: three digits, where there are six places for them
+        digits = min(6, 2 - floor(log10(size)))
     text = f"{value.value * scale:.{digits}f}{unit}"
     if value.ci_low is not None and value.ci_high is not None:
         text += f" ({value.ci_low * scale:.{digits}f} to {value.ci_high * scale:.{digits}f})"
@@ -132,12 +136,11 @@ def _scales(panel: Axes, rows: Sequence[Row], name: str, colour: str) -> None:
 
 
 def plot_curves(run: Path, path: Path) -> None:
-    """A plot of the training and validation curves of each stage of a run, read from its CSV logs; PNG.
+    """A plot of the training and validation curves of each stage of a run, read from its metrics.jsonl; PNG.
 
-    An interrupted stage has several logs, which are joined at their steps. Long curves are drawn faintly
-    under the mean of their neighbourhood.
+    Long curves are drawn faintly under the mean of their neighbourhood.
     """
-    stages = sorted({log.parents[2] for log in run.glob("*/logs/attempt_*/metrics.csv")}, key=_started)
+    stages = sorted((log.parent for log in run.glob(f"*/{METRICS}")), key=_started)
     wanted = []
     for colour, stage in zip(COLOURS * len(stages), stages, strict=False):
         curves = _curves(stage)
@@ -180,25 +183,25 @@ def _average(values: Sequence[float], reach: int) -> list[float]:
     return averages
 
 
+def _lines(stage: Path) -> Iterator[dict[str, Any]]:
+    """The lines of a stage's metrics; one that a killed run has left unfinished is passed over."""
+    for line in (stage / METRICS).read_text(encoding="utf-8").splitlines(keepends=True):
+        if line.endswith("\n"):
+            yield json.loads(line)
+
+
 def _started(stage: Path) -> float:
-    return min(log.stat().st_mtime for log in stage.glob("logs/attempt_*/metrics.csv"))
+    return min((float(line["time"]) for line in _lines(stage)), default=0.0)
 
 
 def _curves(stage: Path) -> dict[str, dict[str, Curve]]:
-    """The curves of a stage by name and part, "train" or "val"; a later attempt replaces what came after it."""
+    """The curves of a stage by name and part, "train" or "val"; of two values at a step the later counts."""
     found: dict[str, dict[str, Curve]] = {}
-    for log in sorted(stage.glob("logs/attempt_*/metrics.csv"), key=lambda log: int(log.parent.name.split("_")[1])):
-        fresh: dict[tuple[str, str], Curve] = {}
-        with log.open(newline="", encoding="utf-8") as file:
-            for row in csv.DictReader(file):
-                for column, text in row.items():
-                    part, _, name = column.partition("/")
-                    if name in CURVES and text:
-                        fresh.setdefault((name, part), {})[int(row["step"])] = float(text)
-        for (name, part), curve in fresh.items():
-            earlier = found.get(name, {}).get(part, {})
-            kept = {step: value for step, value in earlier.items() if step < min(curve)}
-            found.setdefault(name, {})[part] = kept | curve
+    for line in _lines(stage):
+        for column, value in line.items():
+            part, _, name = column.partition("/")
+            if name in CURVES and value is not None:
+                found.setdefault(name, {}).setdefault(part, {})[int(line["step"])] = float(value)
     return found
 
 

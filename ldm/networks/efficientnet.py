@@ -101,6 +101,7 @@ class EfficientNetLite0(FrozenNetwork):
     def from_file(cls, path: str | Path) -> Self:
         """The network with the weights of a file in the layout of `efficientnet_lite_pytorch`."""
         network = cls()
+        network.origin = str(path)
         network.load_state_dict(fold_state_dict(read_weights(path)))
         return network
 

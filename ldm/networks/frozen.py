@@ -11,8 +11,10 @@ from ldm.checkpoint import load_tensors, load_torch
 class FrozenNetwork(nn.Module):
     """A network in evaluation mode whose weights take no gradient; its input does.
 
-    Call `freeze()` at the end of the constructor.
+    Call `freeze()` at the end of the constructor. `origin` is where the weights were read, "" for random ones.
     """
+
+    origin: str = ""
 
     def freeze(self) -> None:
         """Stops gradients to the weights and leaves training mode."""

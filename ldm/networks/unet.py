@@ -100,6 +100,8 @@ class UNet(nn.Module):
         dropout: in the residual blocks.
         groups: of the group norms; the greatest common divisor with the channels is taken.
         gradient_checkpointing: recompute each block in the backward pass: less memory, about 1.3 the time.
+        zero_branches: residual branches begin at zero (LDM), so that each block is the identity; without, they
+            begin at random (diffusers), and a short run learns sooner what the tokens say.
 
     Source: Rombach et al. 2022 (LDM), the `openaimodel.UNetModel` of its code. SD 1.x:
     `UNet(4, 4, 320, (1, 2, 4, 4), 2, (True, True, True, False), num_heads=8, context_dim=768)`.
@@ -123,6 +125,7 @@ class UNet(nn.Module):
         dropout: float = 0.0,
         groups: int = 32,
         gradient_checkpointing: bool = False,
+        zero_branches: bool = True,
     ) -> None:
         super().__init__()
         levels = len(channel_mult)
@@ -175,11 +178,11 @@ class UNet(nn.Module):
 
         self.norm_out = group_norm(channels, groups)
         self.conv_out = nn.Conv2d(channels, out_channels, 3, padding=1)
-        self._zero_outputs()
+        zero_(self.conv_out)  # the prediction begins at zero
+        if zero_branches:
+            self._zero_branches()
 
-    def _zero_outputs(self) -> None:
-        """Every residual branch starts as the identity and the prediction as zero."""
-        zero_(self.conv_out)
+    def _zero_branches(self) -> None:
         for module in self.modules():
             if isinstance(module, ResBlock):
                 zero_(module.conv_2)

@@ -42,6 +42,7 @@ class VGG16(FrozenNetwork):
     def from_file(cls, path: str | Path) -> Self:
         """The network with torchvision's VGG16 weights, from a file; the classifier in it is left out."""
         network = cls()
+        network.origin = str(path)
         state = read_weights(path)
         theirs = sorted({int(k.split(".")[1]) for k in state if k.startswith("features.")})
         ours = [f"stages.{i}.{j}" for i, stage in enumerate(STAGES) for j in range(len(stage))]

@@ -2,18 +2,21 @@
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from torch import nn
 
+from ldm.config.build import build
+from ldm.config.compose import CONFIGS
 from ldm.diffusion.denoiser import Denoiser
-from ldm.diffusion.prediction import X0, Epsilon, Flow, Prediction, V
+from ldm.diffusion.prediction import Epsilon, Flow, Prediction, V
 from ldm.diffusion.schedule import RectifiedFlow, ScaledLinear, Schedule
 from ldm.errors import UserError
 
-PREDICTIONS = [Epsilon(), X0(), V(), Flow()]
+PREDICTIONS = {path.stem: build(OmegaConf.load(path)) for path in sorted((CONFIGS / "prediction").glob("*.yaml"))}
 
 
 @pytest.mark.parametrize("schedule", [ScaledLinear(), RectifiedFlow()], ids=lambda s: type(s).__name__)
-@pytest.mark.parametrize("prediction", PREDICTIONS, ids=lambda p: type(p).__name__)
+@pytest.mark.parametrize("prediction", PREDICTIONS.values(), ids=PREDICTIONS)
 def test_solving_the_target_gives_the_pair_back(prediction: Prediction, schedule: Schedule) -> None:
     x0, eps = torch.randn(2, 5, 3, dtype=torch.float64)
     t = torch.tensor([0.1, 0.3, 0.5, 0.7, 0.9]) * schedule.t_max

@@ -1,45 +1,26 @@
 """CLIPScore with a tiny CLIP of random weights: preprocessing, truncation, sums."""
 
 from pathlib import Path
+from shutil import copytree, ignore_patterns
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
+from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
-from ldm.conditioning import captions_tokenizer
 from ldm.errors import UserError
-from ldm.evaluation.clip_score import CLIPScore, preprocess
+from ldm.evaluation.clip_score import CLIPScore, preparation
 
 CAPTIONS = ["a red circle above a blue square", "a blue circle", "a red square"]
 LENGTH = 12
 SIZE = 32
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny CLIP and its tokenizer, as transformers saves them."""
-    path = tmp_path_factory.mktemp("clip") / "model"
-    tokenizer = captions_tokenizer(CAPTIONS * 3, path, max_length=LENGTH)
-    layers = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    text = layers | {"vocab_size": len(tokenizer), "max_position_embeddings": LENGTH}
-    text |= {"eos_token_id": tokenizer.eos_token_id, "bos_token_id": tokenizer.bos_token_id}
-    vision = layers | {"image_size": SIZE, "patch_size": 8}
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8))
-        for parameter in model.parameters():  # CLIP's initial weights are too small to tell inputs apart
-            parameter.data.normal_(0, 0.3)
-        model.text_projection.weight.data.neg_()  # with this seed the cosines are positive
-    model.save_pretrained(path)
-    return path
-
-
 @pytest.fixture
-def metric(folder: Path) -> CLIPScore:
-    return CLIPScore.from_pretrained(str(folder))
+def metric(tiny_clip: Path) -> CLIPScore:
+    return CLIPScore.from_pretrained(str(tiny_clip))
 
 
 def images(n: int, size: int = 48) -> torch.Tensor:
@@ -53,15 +34,15 @@ def test_preprocessing_is_transformers(shape: tuple[int, int]) -> None:
     picture = np.array(smooth.resize((shape[1], shape[0]), Image.Resampling.BICUBIC))
     processor = CLIPImageProcessorPil(size={"shortest_edge": SIZE}, crop_size={"height": SIZE, "width": SIZE})
     expected = torch.as_tensor(np.asarray(processor(Image.fromarray(picture))["pixel_values"][0]))
-    found = preprocess(torch.from_numpy(picture).permute(2, 0, 1)[None] / 255, SIZE)[0]
+    found = preparation(SIZE)(torch.from_numpy(picture).permute(2, 0, 1)[None].float())[0]
     assert (found - expected).abs().max() < 1.1 / 255 / 0.26  # a level
 
 
-def test_the_score_is_the_cosine_of_the_models_features(metric: CLIPScore, folder: Path) -> None:
-    model, tokenizer = CLIPModel.from_pretrained(folder), CLIPTokenizer.from_pretrained(folder)
+def test_the_score_is_the_cosine_of_the_models_features(metric: CLIPScore, tiny_clip: Path) -> None:
+    model, tokenizer = CLIPModel.from_pretrained(tiny_clip), CLIPTokenizer.from_pretrained(tiny_clip)
     tokens = tokenizer(CAPTIONS, padding=True, return_tensors="pt")
     with torch.inference_mode():
-        outputs = model(pixel_values=preprocess(images(3), SIZE), **tokens)
+        outputs = model(pixel_values=preparation(SIZE)((images(3) * 255).round()), **tokens)
     cosine = F.cosine_similarity(outputs.image_embeds, outputs.text_embeds)
     assert torch.allclose(metric.scores(images(3), CAPTIONS), 100 * cosine.clamp(min=0), atol=1e-4)
     assert cosine.min() > 0 and cosine.std() > 0.01
@@ -88,12 +69,16 @@ def test_padding_and_batches_change_nothing(metric: CLIPScore) -> None:
     assert (low, high) == pytest.approx((float(together.mean()) - half, float(together.mean()) + half), rel=1e-3)
 
 
-def test_it_says_what_it_depends_on(metric: CLIPScore, folder: Path) -> None:
-    assert str(folder) in metric.description and "32" in metric.description
+def test_it_says_what_it_depends_on(metric: CLIPScore, tiny_clip: Path) -> None:
+    assert str(tiny_clip) in metric.description and "32" in metric.description
 
 
-def test_what_is_missing_is_told(metric: CLIPScore, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no CLIP model at"):
+def test_what_is_missing_is_told(metric: CLIPScore, tiny_clip: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no model at .*hf download"):
         CLIPScore.from_pretrained(str(tmp_path))
+    copied = tmp_path / "clip"
+    copytree(tiny_clip, copied, ignore=ignore_patterns("token*", "vocab*", "merges*"))
+    with pytest.raises(UserError, match="no tokenizer at"):
+        CLIPScore.from_pretrained(str(copied))
     with pytest.raises(UserError, match="2 pictures but 1 captions"):
         metric.update(images(2), CAPTIONS[:1])

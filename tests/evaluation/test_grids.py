@@ -54,13 +54,22 @@ def test_a_row_is_as_high_as_its_longest_label(tmp_path: Path) -> None:
     assert words.min() < 120
 
 
-def test_lines_fit_and_lose_no_word() -> None:
+def test_lines_fit_and_lose_no_letter() -> None:
     font = ImageFont.load_default(size=13)
     text = "a small yellow triangle at the upper left supercalifragilisticexpialidocious end"
-    lines = wrap(text, font, 100)
-    assert " ".join(lines) == text
-    assert all(font.getlength(line) <= 100 or " " not in line for line in lines)
+    lines = wrap(text, font, 100, most=99)
+    assert "".join(lines).replace(" ", "") == text.replace(" ", "")
+    assert all(font.getlength(line) <= 100 for line in lines)
     assert wrap("", font, 100) == []
+
+
+def test_of_a_long_text_the_beginning_stays() -> None:
+    font = ImageFont.load_default(size=13)
+    text = "a caption from the web that goes on and on " * 9
+    lines, cut = wrap(text, font, 100, most=99), wrap(text, font, 100, most=4)
+    assert len(lines) > 9 and len(cut) == 4 and cut[:3] == lines[:3]
+    assert cut[3].endswith("...") and lines[3].startswith(cut[3].removesuffix("..."))
+    assert all(font.getlength(line) <= 100 for line in cut)
 
 
 def test_pairs_stand_above_each_other(tmp_path: Path) -> None:

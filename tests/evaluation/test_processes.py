@@ -1,47 +1,38 @@
-"""Every metric gives in two processes what it gives in one."""
+"""Metrics give in two processes what they give in one (`tests/configs/test_metrics.py`: every measure)."""
 
 from pathlib import Path
 
 import pytest
 import torch
 import torch.multiprocessing as mp
-from torch import Tensor, nn
 
 from ldm.data.shapes import caption, splits
 from ldm.evaluation.alignment import Alignment
-from ldm.evaluation.features import Features
 from ldm.evaluation.frechet import FrechetDistance, Statistics
+from ldm.evaluation.kernel import KernelDistance, Points
 from ldm.evaluation.reconstruction import ReconstructionQuality
 
 N = 25
-
-
-class Means(Features):
-    """The mean colours of an image."""
-
-    name, resize, dim = "means", "none", 3
-
-    def __init__(self) -> None:
-        super().__init__(nn.Identity())
-
-    def extract(self, pixels: Tensor) -> Tensor:
-        return pixels.mean((2, 3)) / 255.0
 
 
 def measured(indices: list[int]) -> list[float]:
     """Values and intervals over the images of these indices, and over the other processes' images."""
     split = splits(N, 1, 32, 0, False)[0]
     pictures = torch.stack([torch.from_numpy(split.image(i)) for i in indices]).permute(0, 3, 1, 2) / 255
+    reference_features = torch.rand(9, 3, generator=torch.Generator().manual_seed(0))
     captions = [caption(split.combination((i + i % 3) % N)) for i in indices]
     reference = Statistics(9, torch.full((3,), 0.8).double(), 0.01 * torch.eye(3).double())
     alignment, quality = Alignment(), ReconstructionQuality()
-    frechet = FrechetDistance(Means(), reference, groups=5)
+    frechet, kernel = FrechetDistance(reference, groups=5), KernelDistance(Points(reference_features))
     alignment.update(pictures, captions)
     quality.update(pictures, pictures.round())
-    frechet.update(pictures, torch.tensor(indices))
+    frechet.update(pictures.mean((2, 3)), torch.tensor(indices))
+    kernel.update(pictures.mean((2, 3)))
     values = [frechet.compute(), *alignment.compute().values(), *quality.compute().values()]
-    with frechet.sync_context():
-        values += [torch.tensor(bound) for bound in frechet.interval()]
+    values += [kernel.compute()]
+    for distance in (frechet, kernel):
+        with distance.sync_context():
+            values += [torch.tensor(bound) for bound in distance.interval()]
     return [float(value) for value in values]
 
 

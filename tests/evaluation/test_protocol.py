@@ -65,7 +65,7 @@ def test_declared_axes_may_differ_and_unknown_ones_are_named() -> None:
     with pytest.raises(UserError, match="weights: a and b"):
         require_comparable(results, ("guidance_scale",))
     with pytest.raises(UserError, match="did you mean guidance_scale"):
-        require_comparable(results, ("guidance",))
+        require_comparable(results, ("guidance_scal",))
     with pytest.raises(UserError, match="no results"):
         require_comparable([])
 

@@ -1,6 +1,6 @@
 """Tables and plots: what they say, what they refuse, that files appear."""
 
-import csv
+import json
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,15 @@ def test_a_distance_below_one_is_no_share() -> None:
     assert "%" not in cells(rows_table(rows()))[2][5]
 
 
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0.01234, "0.0123"), (-0.000567, "-0.000567"), (0.5678, "0.568"), (0.0, "0.000"), (1e-9, "0.000000")],
+)
+def test_a_small_distance_keeps_three_digits(value: float, text: str) -> None:
+    table = rows_table([row("samples", 3.0, {"KID": Value(value)})])
+    assert cells(table)[1][3] == text
+
+
 @pytest.mark.parametrize(("name", "value"), [("seed", 1), ("n_images", 11), ("weights", "v"), ("ema", False)])
 def test_other_protocols_share_no_table(name: str, value: Any) -> None:
     with pytest.raises(UserError, match=name):
@@ -68,31 +77,30 @@ def test_the_plot_of_the_scales_is_written(tmp_path: Path) -> None:
     assert not (tmp_path / "none.png").exists()
 
 
-def write_log(path: Path, lines: list[dict[str, float]]) -> None:
+def write_log(path: Path, lines: list[dict[str, float | None]]) -> None:
     path.parent.mkdir(parents=True)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, ["epoch", "step", "train/loss", "val/loss", "val/psnr", "train/kl"])
-        writer.writeheader()
-        writer.writerows(lines)
+    path.write_text("".join(json.dumps({"time": 1e9 + number} | line) + "\n" for number, line in enumerate(lines)))
 
 
-def test_a_later_attempt_replaces_what_came_after_its_checkpoint(tmp_path: Path) -> None:
-    stage = tmp_path / "base"
+def test_the_later_of_two_values_at_a_step_counts_and_a_line_cut_off_does_not(tmp_path: Path) -> None:
+    log = tmp_path / "base" / "metrics.jsonl"
+    lines: list[dict[str, float | None]] = [
+        {"step": step, "train/loss": 10.0 + step, "train/kl": 1.0} for step in range(3)
+    ]
     write_log(
-        stage / "logs/attempt_0/metrics.csv",
-        [{"step": step, "train/loss": 10.0 + step, "train/kl": 1.0} for step in range(6)]
-        + [{"step": 5, "val/loss": 3}],
+        log, [*lines, {"step": 2, "val/loss": 3}, {"step": 2, "train/loss": 4.0}, {"step": 3, "train/loss": None}]
     )
-    write_log(stage / "logs/attempt_1/metrics.csv", [{"step": step, "train/loss": float(step)} for step in (4, 6, 8)])
-    curves = _curves(stage)
-    assert curves["loss"]["train"] == {0: 10, 1: 11, 2: 12, 3: 13, 4: 4, 6: 6, 8: 8}
-    assert curves["loss"]["val"] == {5: 3.0} and set(curves) == {"loss"}
+    with log.open("a") as file:
+        file.write('{"step": 4, "train/lo')
+    curves = _curves(tmp_path / "base")
+    assert curves["loss"] == {"train": {0: 10.0, 1: 11.0, 2: 4.0}, "val": {2: 3.0}}
+    assert set(curves) == {"loss"}
 
 
 def test_the_plot_of_the_curves_is_written_for_several_stages(tmp_path: Path) -> None:
     for stage, metric in (("first_stage", "val/psnr"), ("base", "val/loss")):
         lines = [{"step": step, "train/loss": 1 / (1 + step)} for step in range(60)] + [{"step": 59, metric: 0.5}]
-        write_log(tmp_path / stage / "logs/attempt_0/metrics.csv", lines)
+        write_log(tmp_path / stage / "metrics.jsonl", lines)
     plot_curves(tmp_path, tmp_path / "curves.png")
     with Image.open(tmp_path / "curves.png") as image:
         assert image.width > 1200  # three panels in a row

@@ -79,6 +79,13 @@ def test_a_fresh_unet_predicts_zero() -> None:
     assert all((b.res.conv_2.weight == 0).all() for level in unet.down for b in level.blocks)
 
 
+def test_branches_begin_at_random_where_asked() -> None:
+    unet = UNet(4, 4, 16, (1, 2), 1, (True, True), num_heads=2, context_dim=12, groups=8, zero_branches=False)
+    assert unet(torch.randn(1, 4, 8, 8), torch.tensor([3.0]), torch.randn(1, 5, 12)).abs().max() == 0
+    blocks = [block for level in (*unet.down, *unet.up) for block in level.blocks]
+    assert all(block.res.conv_2.weight.std() > 0 and block.attention.proj_out.weight.std() > 0 for block in blocks)
+
+
 @pytest.mark.parametrize("size", [(8, 8), (9, 7), (5, 12)])
 def test_any_size_comes_back(size: tuple[int, int]) -> None:
     unet = tiny(channel_mult=(1, 2, 2), attention_levels=(False, True, False))

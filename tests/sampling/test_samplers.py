@@ -8,6 +8,7 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from ldm.config.build import build
+from ldm.config.compose import CONFIGS
 from ldm.diffusion.prediction import Denoised
 from ldm.diffusion.schedule import ScaledLinear
 from ldm.errors import UserError
@@ -18,7 +19,8 @@ from ldm.sampling.noise import ImageNoise
 
 SCHEDULE = ScaledLinear()
 MEAN, STD = 0.7, 0.4
-CONFIGS = sorted((Path(__file__).parents[2] / "configs" / "sampler").glob("*.yaml"))
+SAMPLERS = sorted((CONFIGS / "sampler").glob("*.yaml"))
+GRIDS = {path.stem: build(OmegaConf.load(path)) for path in sorted((CONFIGS / "grid").glob("*.yaml"))}
 
 
 def exact(z: Tensor, t: Tensor) -> Denoised:
@@ -63,7 +65,7 @@ def test_ddim_at_eta_1_has_ddpms_variance() -> None:
     assert float(end.std()) == pytest.approx(STD, rel=0.03)
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", SAMPLERS, ids=lambda p: p.stem)
 def test_every_shipped_sampler_finds_the_data(path: Path) -> None:
     sampler = build(OmegaConf.load(path))
     z = torch.randn(5_000, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -82,12 +84,21 @@ def test_sds_grid_is_the_published_one() -> None:
     assert times[-2:].tolist() == [1.0, 0.0]
 
 
-@pytest.mark.parametrize("grid", [Leading(), Trailing(), UniformLogSNR()], ids=lambda g: type(g).__name__)
+@pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS)
 @pytest.mark.parametrize("steps", [1, 7, 50, 999, 1000])
 def test_grids_fall_strictly(grid: object, steps: int) -> None:
     times = grid(SCHEDULE, steps)
     assert len(times) == steps + 1
     assert bool((times.diff() < 0).all())
+
+
+@pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS)
+@pytest.mark.parametrize("path", SAMPLERS, ids=lambda p: p.stem)
+def test_every_sampler_goes_with_every_grid(path: Path, grid: object) -> None:
+    z = torch.randn(2_000, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    end = build(OmegaConf.load(path))(exact, z, grid(SCHEDULE, 50), SCHEDULE, ImageNoise(list(range(2_000))))
+    assert float(end.mean()) == pytest.approx(MEAN, abs=0.05)
+    assert float(end.std()) == pytest.approx(STD, rel=0.15)
 
 
 @pytest.mark.parametrize("steps", [0, 1001])
