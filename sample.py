@@ -7,6 +7,7 @@ from tqdm import tqdm
 
 from ldm.config.build import load_trained, read_prompts, sampling_settings, trained_size
 from ldm.config.command import command
+from ldm.config.versions import versions
 from ldm.evaluation.grids import labelled_grid
 from ldm.generation import Generator, Request, save_image
 
@@ -28,6 +29,7 @@ def main(cfg: DictConfig) -> None:
     out.mkdir(parents=True, exist_ok=True)
     facts = {name: cfg[name] for name in ("steps", "guidance_scale", "negative_prompt", "weights")}
     facts |= {"model": trained.folder.record["fingerprint"], "sampler": cfg.sampler._target_.split(".")[-1]}
+    facts["versions"] = versions()
     images = []
     with tqdm(total=len(requests) * cfg.steps, unit="step", desc="sampling") as bar:
         made = generator.generate(requests, size, settings, cfg.batch_size, bar.update)

@@ -7,6 +7,7 @@ from omegaconf import DictConfig
 
 from ldm.config.build import stages
 from ldm.config.command import command
+from ldm.config.processes import job_processes
 from ldm.training.curriculum import run
 
 
@@ -14,8 +15,9 @@ from ldm.training.curriculum import run
 def main(cfg: DictConfig) -> None:
     """Runs the curriculum of a composed configuration in Hydra's run folder."""
     hydra = HydraConfig.get()
-    todo, finished = stages(cfg, list(hydra.overrides.task), Path(hydra.runtime.output_dir))
-    run(todo, finished)
+    with job_processes():
+        todo, finished = stages(cfg, list(hydra.overrides.task), Path(hydra.runtime.output_dir))
+        run(todo, finished)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Checkpoint files: whole or absent, refused when unsafe, the newest whole one found."""
+"""Files of tensors: whole or absent, refused when unsafe, known by their bytes."""
 
 import os
 import signal
@@ -37,10 +37,10 @@ def test_tensors_and_metadata_come_back(tmp_path):
     assert loaded["scalar"].dtype == torch.bfloat16
 
 
-def test_plain_objects_come_back(tmp_path):
+def test_published_weights_of_torch_are_read(tmp_path):
     plain = {"step": 3, "names": ["a", "b"], "lr": 1e-4, "none": None}
-    checkpoint.save_torch(tmp_path / "x.ckpt", {"model": TENSORS, "plain": plain})
-    loaded = checkpoint.load_torch(tmp_path / "x.ckpt")
+    torch.save({"model": TENSORS, "plain": plain}, tmp_path / "x.pth")
+    loaded = checkpoint.load_torch(tmp_path / "x.pth")
     assert torch.equal(loaded["model"]["b"], TENSORS["b"])
     assert loaded["plain"] == plain
 
@@ -54,22 +54,22 @@ class Payload:
 
 def test_a_pickle_that_would_run_code_is_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("PAYLOAD_FOLDER", str(tmp_path / "owned"))
-    checkpoint.save_torch(tmp_path / "x.ckpt", {"state_dict": TENSORS, "extra": Payload()})
+    torch.save({"state_dict": TENSORS, "extra": Payload()}, tmp_path / "x.pth")
     with pytest.raises(UserError, match="save its weights alone"):
-        checkpoint.load_torch(tmp_path / "x.ckpt")
+        checkpoint.load_torch(tmp_path / "x.pth")
     assert not (tmp_path / "owned").exists()
 
 
 def test_damaged_and_foreign_files_are_named(tmp_path):
-    weights, state = tmp_path / "w.safetensors", tmp_path / "s.ckpt"
+    weights, state = tmp_path / "w.safetensors", tmp_path / "s.pth"
     for share in (0.9, 0.3, 0.0):
         checkpoint.save_tensors(weights, {"w": torch.zeros(1000)})
-        checkpoint.save_torch(state, {"w": torch.zeros(1000)})
+        torch.save({"w": torch.zeros(1000)}, state)
         cut(weights, share)
         cut(state, share)
         with pytest.raises(UserError, match=r"w\.safetensors is not a whole"):
             checkpoint.load_tensors(weights)
-        with pytest.raises(UserError, match=r"s\.ckpt"):
+        with pytest.raises(UserError, match=r"s\.pth"):
             checkpoint.load_torch(state)
     (tmp_path / "text").write_text("hello, this is no checkpoint at all")
     for load in (checkpoint.load_tensors, checkpoint.load_torch):
@@ -115,67 +115,19 @@ with checkpoint.write_atomic(sys.argv[1]) as temporary:
 """
 
 
-def test_a_process_killed_while_writing_leaves_the_old_checkpoint(tmp_path):
-    path = tmp_path / "step=1.ckpt"
-    checkpoint.save_torch(path, {"step": 1})
+def test_a_process_killed_while_writing_leaves_the_old_file(tmp_path):
+    path = tmp_path / "x.safetensors"
+    checkpoint.save_tensors(path, TENSORS)
     ended = subprocess.run([sys.executable, "-c", KILLED, str(path)], check=False)
     assert ended.returncode == -signal.SIGKILL
     assert len(temporaries(tmp_path)) == 1  # the write had begun
-    assert checkpoint.load_torch(path) == {"step": 1}
-    assert checkpoint.find_latest(tmp_path) == path
-    os.utime(temporaries(tmp_path)[0], (0, 0))
-    checkpoint.keep_last(tmp_path, 1)
-    assert path.exists() and not temporaries(tmp_path)
+    assert checkpoint.load_tensors(path)[0].keys() == TENSORS.keys()
 
 
 def test_the_written_file_has_the_permissions_of_any_new_file(tmp_path):
-    checkpoint.save_torch(tmp_path / "x.ckpt", {})
+    checkpoint.save_tensors(tmp_path / "x.safetensors", TENSORS)
     (tmp_path / "y").touch()
-    assert (tmp_path / "x.ckpt").stat().st_mode == (tmp_path / "y").stat().st_mode
-
-
-def make(folder, *names, save=checkpoint.save_torch):
-    for time, name in enumerate(names):
-        save(folder / name, {"w": torch.zeros(100)})
-        os.utime(folder / name, (time, time))
-
-
-def test_the_newest_is_by_number_whatever_the_copy_order(tmp_path):
-    make(tmp_path, "epoch=1-step=1000.ckpt", "epoch=0-step=900.ckpt", "epoch=0-step=90.ckpt")
-    steps = [path.stem.split("=")[-1] for path in checkpoint.checkpoints(tmp_path)]
-    assert steps == ["1000", "900", "90"]
-
-
-def test_the_newest_is_by_time_where_a_name_has_no_number(tmp_path):
-    make(tmp_path, "step=5.ckpt", "last.ckpt", "step=4.ckpt")
-    names = [path.stem for path in checkpoint.checkpoints(tmp_path)]
-    assert names == ["step=4", "last", "step=5"]
-
-
-@pytest.mark.parametrize("share", [0.99, 0.5, 0.0])
-def test_torn_checkpoints_are_skipped(tmp_path, share):
-    make(tmp_path, "step=1.ckpt", "step=2.ckpt")
-    make(tmp_path, "step=1.safetensors", "step=2.safetensors", save=checkpoint.save_tensors)
-    cut(tmp_path / "step=2.ckpt", share)
-    cut(tmp_path / "step=2.safetensors", share)
-    assert checkpoint.find_latest(tmp_path).name == "step=1.ckpt"
-    assert checkpoint.find_latest(tmp_path, "*.safetensors").name == "step=1.safetensors"
-
-
-def test_nothing_to_find(tmp_path):
-    assert checkpoint.find_latest(tmp_path) is None
-    assert checkpoint.find_latest(tmp_path / "absent") is None
-    (tmp_path / "step=1.ckpt").mkdir()
-    assert checkpoint.find_latest(tmp_path) is None
-
-
-def test_keep_last_keeps_the_newest_whole_ones(tmp_path):
-    make(tmp_path, *[f"step={step}.ckpt" for step in (1, 2, 3, 10, 11)])
-    cut(tmp_path / "step=11.ckpt")
-    checkpoint.keep_last(tmp_path, 2)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["step=10.ckpt", "step=11.ckpt", "step=3.ckpt"]
-    with pytest.raises(UserError, match="at least one"):
-        checkpoint.keep_last(tmp_path, 0)
+    assert (tmp_path / "x.safetensors").stat().st_mode == (tmp_path / "y").stat().st_mode
 
 
 def test_sha256_is_the_standard_one(tmp_path):

@@ -5,11 +5,19 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+from hydra.utils import instantiate
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from ldm.errors import UserError, nearest
 
+NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 HYDRA_KEYS = {"_target_", "_partial_", "_args_", "_recursive_", "_convert_"}
+
+
+def build(node: DictConfig, path: str = "") -> Any:
+    """The object that a configuration describes; its knobs are checked first."""
+    check(node, path)
+    return instantiate(node)
 
 
 def check(node: Any, path: str = "") -> None:
@@ -46,6 +54,12 @@ def locate(target: str) -> Callable[..., Any]:
     raise UserError(f"_target_: {target}: there is no such class or function")
 
 
+def takes(target: str, name: str) -> bool:
+    """Whether the class or function has an argument of that name (`**kwargs` do not count)."""
+    parameter = inspect.signature(locate(target)).parameters.get(name)
+    return parameter is not None and parameter.kind in NAMED
+
+
 def _check_arguments(node: DictConfig, path: str) -> None:
     target = locate(str(node["_target_"]))
     parameters = inspect.signature(target).parameters
@@ -60,9 +74,7 @@ def _check_arguments(node: DictConfig, path: str) -> None:
         missing += [
             name
             for name, p in parameters.items()
-            if p.default is inspect.Parameter.empty
-            and p.kind in (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-            and name not in given
+            if p.default is inspect.Parameter.empty and p.kind in NAMED and name not in given
         ]
     if missing:
         raise UserError(f"{path}: {node['_target_']} needs {', '.join(sorted(missing))}; give {path}.{missing[0]}=...")

@@ -4,13 +4,17 @@ import logging
 import sys
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
 from lightning_fabric.utilities.exceptions import MisconfigurationException
+from lightning_fabric.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ldm.config.compose import CONFIGS, compose, first_of_sweeps, register_resolvers
+from ldm.config.compose import CONFIGS, completed, compose, first_of_sweeps, register_resolvers
+from ldm.config.versions import write_versions
 from ldm.errors import UserError
 from ldm.training.curriculum import Interrupted
 
@@ -23,6 +27,7 @@ def command(config_name: str) -> Callable[[Main], Callable[[], None]]:
     def decorate(main: Main) -> Callable[[], None]:
         def guarded(cfg: DictConfig) -> None:
             try:
+                _write_versions(Path(HydraConfig.get().runtime.output_dir))
                 main(cfg)
             except Interrupted as stop:
                 sys.stderr.write(f"{stop}\n")
@@ -34,6 +39,7 @@ def command(config_name: str) -> Callable[[Main], Callable[[], None]]:
         def run() -> None:
             register_resolvers()
             _quiet()
+            sys.argv[1:] = _completed(config_name, sys.argv[1:])
             overrides = [text for text in sys.argv[1:] if not text.startswith("-")]
             if len(overrides) == len([t for t in sys.argv[1:] if t not in ("-m", "--multirun")]):
                 _compose_once(config_name, overrides)
@@ -42,6 +48,18 @@ def command(config_name: str) -> Callable[[Main], Callable[[], None]]:
         return run
 
     return decorate
+
+
+def _completed(config_name: str, arguments: list[str]) -> list[str]:
+    """The command line with its overrides completed, see `completed`."""
+    overrides = [text for text in arguments if "=" in text and not text.startswith(("-", "hydra."))]
+    done = dict(zip(overrides, completed(config_name, overrides), strict=True))
+    return [done.get(text, text) for text in arguments]
+
+
+@rank_zero_only
+def _write_versions(folder: Path) -> None:
+    write_versions(folder)
 
 
 def _compose_once(config_name: str, overrides: list[str]) -> None:

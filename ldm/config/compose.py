@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from ldm.config.check import takes
+from ldm.config.processes import agreed
 from ldm.errors import UserError, nearest
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -20,8 +23,10 @@ CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
 def compose(config_name: str, overrides: list[str]) -> DictConfig:
     """The configuration that the command `config_name` gets from these overrides; UserError for unknown ones."""
-    try:
+    with suppress(HydraException, OmegaConfBaseException):
         return _compose(config_name, overrides)
+    try:
+        return _compose(config_name, completed(config_name, overrides))
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(_explain(error, config_name, overrides)) from error
 
@@ -35,6 +40,46 @@ def parse(overrides: list[str]) -> list[Override]:
         return OverridesParser.create().parse_overrides(overrides)
     except OverrideParseException as error:
         raise UserError(f"an override can't be read: {_first_line(error)}") from error
+
+
+def completed(config_name: str, overrides: list[str]) -> list[str]:
+    """The overrides, with Hydra's `++` before those that add an argument which a constructor takes.
+
+    So `optimizer.eps=1e-6` is accepted, and `curriculum.base.optimizer.lr=1e-4`, where the YAML does not list them.
+    """
+    try:
+        parsed = parse(overrides)
+        cfg = _compose(
+            config_name, [t for o, t in zip(parsed, first_of_sweeps(overrides), strict=True) if _is_group(o)]
+        )
+    except (UserError, HydraException, OmegaConfBaseException):
+        return overrides  # what is wrong is told when all of them are composed
+    known = set(names(cfg))
+    return [
+        f"++{text}" if _is_plain(o) and _may_be_added(cfg, known, o.key_or_group) else text
+        for o, text in zip(parsed, overrides, strict=True)
+    ]
+
+
+def _is_plain(override: Override) -> bool:
+    return not (override.is_add() or override.is_force_add() or override.is_delete())
+
+
+def _is_group(override: Override) -> bool:
+    return (CONFIGS / override.key_or_group).is_dir()
+
+
+def _may_be_added(cfg: DictConfig, known: set[str], name: str) -> bool:
+    """Whether a name that is not in the configuration is an argument of the constructor beside it."""
+    if name in known:
+        return False
+    room, _, rest = name.partition(".")
+    if room == "curriculum":
+        stage, _, rest = rest.partition(".")
+        return stage in cfg.curriculum and (rest in known or _may_be_added(cfg, known, rest))
+    parent, _, last = name.rpartition(".")
+    node = OmegaConf.select(cfg, parent) if parent in known else None
+    return isinstance(node, DictConfig) and "_target_" in node and takes(str(node["_target_"]), last)
 
 
 def first_of_sweeps(overrides: list[str]) -> list[str]:
@@ -54,8 +99,9 @@ def names(node: Any, prefix: str = "") -> Iterator[str]:
 
 
 def register_resolvers() -> None:
-    """Makes `${run_dir:...}` and `${multiply:...}` known to OmegaConf."""
-    OmegaConf.register_new_resolver("run_dir", _run_dir, replace=True)
+    """Makes `${run_dir:...}`, `${sweep_dir:...}` and `${multiply:...}` known to OmegaConf."""
+    OmegaConf.register_new_resolver("run_dir", lambda *given: agreed("run", _run_dir(*given)), replace=True)
+    OmegaConf.register_new_resolver("sweep_dir", lambda folder: agreed("sweep", folder), replace=True)
     OmegaConf.register_new_resolver("multiply", lambda a, b: a * b, replace=True)
 
 

@@ -1,5 +1,6 @@
 """The batches of a run as a sized map from micro-step to batch, so that a loader can start anywhere."""
 
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -104,7 +105,10 @@ class StepSampler(DistributedSampler[int]):
 
 
 class StepLoader(DataLoader[Batch]):
-    """A loader of ready batches. It resumes by its start alone, which its empty state tells Lightning."""
+    """A loader of ready batches. It resumes by its start alone, which its empty state tells Lightning.
+
+    `waited_s` adds up the seconds that whoever reads it has waited for batches.
+    """
 
     def __init__(self, batches: TrainBatches | ValBatches, start: int = 0, workers: int = 0) -> None:
         super().__init__(
@@ -115,6 +119,14 @@ class StepLoader(DataLoader[Batch]):
             persistent_workers=workers > 0,
             pin_memory=torch.cuda.is_available(),
         )
+        self.waited_s = 0.0
+
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
+        asked = time.perf_counter()
+        for batch in super().__iter__():
+            self.waited_s += time.perf_counter() - asked
+            yield batch
+            asked = time.perf_counter()
 
     def state_dict(self) -> dict[str, Any]:
         """Nothing to keep."""

@@ -8,7 +8,6 @@ tokenizer/             the tokenizer, where the model has one of its own
 """
 
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ldm.checkpoint import fingerprint, load_tensors, save_tensors, sha256
+from ldm.checkpoint import fingerprint, load_tensors, save_tensors, sha256, write_folder
 from ldm.errors import UserError
 
 RECORD = "model.json"
@@ -67,22 +66,18 @@ def write_model_folder(
     average: Mapping[str, Tensor] | None,
     tokenizer: Path | None,
 ) -> None:
-    """Writes a model folder, all or nothing: it is built beside `path` and renamed when complete."""
-    building = path.with_name(f".{path.name}.{os.getpid()}")
-    shutil.rmtree(building, ignore_errors=True)
-    building.mkdir(parents=True)
-    save_tensors(building / WEIGHTS, dict(state))
-    hashes = {WEIGHTS: sha256(building / WEIGHTS)}
-    if average:
-        save_tensors(building / EMA_WEIGHTS, dict(average))
-        hashes[EMA_WEIGHTS] = sha256(building / EMA_WEIGHTS)
-    if tokenizer is not None:
-        shutil.copytree(tokenizer, building / "tokenizer")
-    (building / "config.yaml").write_text(config_text)
-    full = dict(record) | {"format": 1, "fingerprint": fingerprint(dict(state)), "sha256": hashes}
-    (building / RECORD).write_text(json.dumps(full, indent=2) + "\n")
-    shutil.rmtree(path, ignore_errors=True)
-    os.replace(building, path)
+    """Writes a model folder, all or nothing: it is built beside `path`, synced, and renamed when complete."""
+    with write_folder(path) as building:
+        save_tensors(building / WEIGHTS, dict(state))
+        hashes = {WEIGHTS: sha256(building / WEIGHTS)}
+        if average:
+            save_tensors(building / EMA_WEIGHTS, dict(average))
+            hashes[EMA_WEIGHTS] = sha256(building / EMA_WEIGHTS)
+        if tokenizer is not None:
+            shutil.copytree(tokenizer, building / "tokenizer")
+        (building / "config.yaml").write_text(config_text)
+        full = dict(record) | {"format": 1, "fingerprint": fingerprint(dict(state)), "sha256": hashes}
+        (building / RECORD).write_text(json.dumps(full, indent=2) + "\n")
 
 
 def open_model_folder(path: Path, kind: str | None = None) -> ModelFolder:

@@ -1,4 +1,4 @@
-"""Training checkpoints: written whole or not at all, on a schedule and when the run is asked to stop."""
+"""Training checkpoints: on a schedule, when the run is asked to stop, and at its end."""
 
 import signal
 import time
@@ -8,18 +8,18 @@ from typing import Any
 
 import pytorch_lightning as pl
 
-from ldm.checkpoint import keep_last, write_atomic
+from ldm.checkpoint import keep_last
 from ldm.data.datamodule import ShardDataModule
 from ldm.errors import UserError
 
-PATTERN = "step=*.ckpt"
+PATTERN = "step_*"
 
 
 class Checkpoints(pl.Callback):
-    """Saves `folder/step=N.ckpt` every so many steps and, asked by SIGTERM or Ctrl-C, before stopping.
+    """Saves `folder/step_N` every so many steps, asked by SIGTERM or Ctrl-C before stopping, and at the end.
 
-    A file has its final name only when it is complete on disk, so a killed run leaves nothing torn. The
-    last `keep` are kept. A second Ctrl-C stops at once.
+    The end is the last step, or an early one (`max_time`, another callback). The last `keep` are kept. A second
+    Ctrl-C stops at once. The trainer needs a FolderCheckpointIO, which writes whole or not at all.
     """
 
     def __init__(self, folder: Path, every_n_steps: int = 1000, keep: int = 2) -> None:
@@ -42,7 +42,6 @@ class Checkpoints(pl.Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._started = time.monotonic()
-        self._saved_step = trainer.global_step
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -62,9 +61,23 @@ class Checkpoints(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Takes SIGTERM and SIGINT as a request to save and stop; Lightning has put its own handlers by now."""
+        self._saved_step = trainer.global_step
         self._handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
         for number in self._handlers:
             signal.signal(number, self._ask)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Saves where training ended early and in order; an error or a kill does not come here."""
+        if trainer.global_step != self._saved_step:
+            self._save(trainer, trainer.global_step)
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Says that the epoch goes on, since it is the whole run: at the end Lightning has counted it as done."""
+        epochs = checkpoint["loops"]["fit_loop"]["epoch_progress"]
+        for count in (epochs["total"], epochs["current"]):
+            count["processed"] = count["completed"] = 0
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Gives the signals back, however the run ended."""
@@ -91,13 +104,8 @@ class Checkpoints(pl.Callback):
         return step % 10 == 0 and trainer.strategy.reduce_boolean_decision(asked, all=False)
 
     def _save(self, trainer: pl.Trainer, step: int) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        final = self.folder / f"step={step:08d}.ckpt"
+        trainer.save_checkpoint(self.folder / f"step_{step:08d}", weights_only=False)  # on every rank; rank 0 writes
         if trainer.is_global_zero:
-            with write_atomic(final) as temporary:
-                trainer.save_checkpoint(temporary)
             keep_last(self.folder, self.keep, PATTERN)
-        else:
-            trainer.save_checkpoint(final)  # takes part in what is collective; rank 0 writes
         self._saved_step = step
-        trainer.strategy.barrier("checkpoint saved")
+        trainer.strategy.barrier("checkpoints tidied")

@@ -80,7 +80,7 @@ def run(stages: list[Stage], finished: dict[str, Path]) -> dict[str, Path]:
 def _train(stage: Stage, job: Job) -> None:
     latest = stage.resume_from or find_latest(stage.folder / "checkpoints", PATTERN)
     log.info("stage %s: %s", stage.name, f"goes on from {latest}" if latest else "starts")
-    job.trainer.fit(job.module, datamodule=job.datamodule, ckpt_path=latest, weights_only=True)
+    job.trainer.fit(job.module, datamodule=job.datamodule, ckpt_path=latest)
     if job.checkpoints.stopped_by is not None:
         name = signal.Signals(job.checkpoints.stopped_by).name
         raise Interrupted(
@@ -91,7 +91,7 @@ def _train(stage: Stage, job: Job) -> None:
     if job.trainer.global_step < job.trainer.max_steps:
         raise UserError(
             f"stage {stage.name} ended at step {job.trainer.global_step} of {job.trainer.max_steps}: a time or "
-            "batch limit of the trainer stopped it; go on with resume=auto and a larger limit"
+            "batch limit of the trainer stopped it; its state is saved, go on with resume=auto and a larger limit"
         )
     _export(stage, job)
 
@@ -103,7 +103,7 @@ def _export(stage: Stage, job: Job) -> None:
         raw = {name: p.detach().clone() for name, p in module.trained().items()}
         with job.ema.swapped_in(module) if job.ema else nullcontext():
             facts = module.finish(job.datamodule)
-            state = {name: tensor.detach().cpu() for name, tensor in module.model().state_dict().items()}
+            state = {name: tensor.detach().to("cpu", copy=True) for name, tensor in module.model().state_dict().items()}
         average = {name: state[name] for name in raw} if job.ema else None
         record = job.record | {
             "kind": module.kind,

@@ -38,6 +38,7 @@ class DiffusionModule(TrainingModule):
 
     def setup(self, stage: str) -> None:
         """Refuses a picture size that the first stage can't divide, before anything runs."""
+        super().setup(stage)
         self.check_size(self.latent_diffusion.first_stage)
 
     def denoising_loss(self, batch: Batch, conditioning_dropout: bool) -> DenoisingLoss:

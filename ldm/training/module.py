@@ -11,6 +11,7 @@ from ldm.data.datamodule import ShardDataModule
 from ldm.data.fetch import View
 from ldm.first_stage.autoencoder import FirstStage
 from ldm.randomness import key
+from ldm.training.frozen import FrozenPart, frozen_parts, leave_out, put_back
 
 MakeOptimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 MakeLRSchedule = Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler]
@@ -25,6 +26,7 @@ class TrainingModule(pl.LightningModule):
     def __init__(self, seed: int = 0) -> None:
         super().__init__()
         self.seed = seed
+        self._frozen: dict[str, FrozenPart] = {}
 
     def model(self) -> nn.Module:
         """The part that is exported when training is over."""
@@ -41,6 +43,18 @@ class TrainingModule(pl.LightningModule):
     def finish(self, datamodule: ShardDataModule) -> dict[str, Any]:
         """Completes the model after the last step (EMA weights are in); returns facts for its record."""
         return {}
+
+    def setup(self, stage: str) -> None:
+        """Notes the frozen parts, before the trainer casts or moves anything."""
+        self._frozen = frozen_parts(self)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Names the frozen parts in the place of their weights."""
+        leave_out(checkpoint, self._frozen)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Completes the checkpoint; UserError where the frozen parts are not those that it was trained with."""
+        put_back(checkpoint, self._frozen, self.state_dict())
 
     def check_size(self, first_stage: FirstStage) -> None:
         """Raises UserError where the first stage can't divide the size of the pictures."""

@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ldm.evaluation.protocol import digest
+
 ROOT = Path(__file__).parents[2]
 TINY = ["experiment=quickstart", "variant=tiny"]
 
@@ -53,6 +55,8 @@ def test_images_are_the_same_in_any_batch(trained: Path, tmp_path: Path) -> None
     facts = json.loads(Image.open(tmp_path / "few" / "00000_seed3.png").text["ldm"])  # type: ignore[attr-defined]
     assert (facts["seed"], facts["steps"]) == (3, 3)
     assert (tmp_path / "few" / ".hydra" / "config.yaml").exists()
+    versions = json.loads((tmp_path / "few" / "versions.json").read_text())
+    assert versions["torch"] and facts["versions"] == versions
 
 
 def test_evaluation_writes_one_table_one_plot_and_sealed_results(trained: Path, tmp_path: Path) -> None:
@@ -72,6 +76,35 @@ def test_evaluation_writes_one_table_one_plot_and_sealed_results(trained: Path, 
     assert "guidance 2" in (tmp_path / "table.md").read_text()
     for name in ("guidance.png", "curves.png", "reconstructions_validation.png", "samples_held_out_g2.png"):
         assert Image.open(tmp_path / name).size[0] > 100
+
+
+def test_without_weights_the_other_metrics_come_out_sealed(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    how = ["data=validation", "guidance_scale=2", "n=6", "steps=2", "seed=5", f"feature_cache={tmp_path}/features"]
+    metrics = "metrics=[fid,kernel,frechet,alignment]"
+    done = run("evaluate.py", f"checkpoint={trained}", f"out={tmp_path}", metrics, *how)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    for told in ("error: fid was not measured", "pt_inception-2015-12-05-6726825d.pth", str(tmp_path / "torch")):
+        assert told in done.stderr
+    *_, samples = json.loads((tmp_path / "results.json").read_text())
+    assert {"all", "Kernel(efficientnet-lite0)", "Frechet(efficientnet-lite0)"} <= samples["metrics"].keys()
+    for value in samples["metrics"].values():
+        assert value["ci_low"] <= value["value"] <= value["ci_high"]
+    assert "Kernel(efficientnet-lite0)" in (tmp_path / "table.md").read_text()
+    assert len(list((tmp_path / "features").iterdir())) == 1
+
+    protocol = samples["protocol"]
+    assert not [name for name, value in protocol.items() if value in (None, {}, [])]
+    told = (protocol["n_images"], protocol["seed"], protocol["steps"], protocol["guidance_scale"], protocol["ema"])
+    assert told == (6, 5, 2, 2.0, True)
+    assert "DDIM" in protocol["sampler"] and "ClassifierFree" in protocol["guidance"]
+    assert "bicubic antialias to 128" in protocol["metrics"]["Kernel(efficientnet-lite0)"]
+    assert "32x32" in protocol["reference"] and len(protocol["prompts"]) == 64 and len(protocol["weights"]) == 16
+    assert {"python", "torch", "ldm", "transformers"} <= protocol["versions"].keys()
+    content = {name: samples[name] for name in ("format", "protocol", "metrics")}
+    assert samples["seal"] == digest(content)
 
 
 def test_a_finished_run_is_not_trained_again(trained: Path, tiny_shapes: Path) -> None:

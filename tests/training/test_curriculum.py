@@ -1,17 +1,17 @@
 """A launch is a curriculum: stages hand on, finished ones are not run again, interrupted ones go on exactly."""
 
 import signal
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import pytorch_lightning as pl
 import torch
-from omegaconf import DictConfig
+from pytorch_lightning.callbacks import Timer
 
-from ldm.checkpoint import load_tensors
-from ldm.config.build import load_trained, stages
-from ldm.config.compose import compose
+from ldm.checkpoint import load_tensors, sha256
+from ldm.config.build import load_trained
 from ldm.errors import UserError
 from ldm.generation import Generator, Request, SamplingSettings
 from ldm.interop.model_folder import open_model_folder
@@ -19,25 +19,8 @@ from ldm.sampling.ddim import DDIM
 from ldm.sampling.grid import Trailing
 from ldm.sampling.guidance import ClassifierFree
 from ldm.training import curriculum
-from ldm.training.curriculum import Interrupted, Stage
-
-
-def overrides(shapes: Path, run: Path, *more: str) -> list[str]:
-    return [
-        "experiment=quickstart",
-        "variant=tiny",
-        f"data.train.shards={shapes}/train",
-        f"data.val.shards={shapes}/val",
-        f"run_folder={run}",
-        "trainer.enable_progress_bar=false",
-        *more,
-    ]
-
-
-def launch(shapes: Path, run: Path, *more: str) -> tuple[list[Stage], dict[str, Path]]:
-    given = overrides(shapes, run, *more)
-    cfg: DictConfig = compose("train", given)
-    return stages(cfg, given, run)
+from ldm.training.curriculum import Interrupted
+from tests.training.launch import launch
 
 
 @pytest.fixture(scope="module")
@@ -129,6 +112,85 @@ def test_an_interrupted_stage_goes_on_to_the_same_weights(
         expected, _ = load_tensors(whole / stage / "model" / file)
         resumed, _ = load_tensors(parts / stage / "model" / file)
         assert all(torch.equal(resumed[name], expected[name]) for name in expected)
+
+
+class Stop(pl.Callback):
+    """Stops the trainer after so many batches, or at the validation after so many steps, as other callbacks do."""
+
+    def __init__(self, batches: int = -1, validation: int = -1) -> None:
+        self.batches = batches
+        self.validation = validation
+
+    def on_train_batch_end(self, trainer: pl.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        trainer.should_stop = trainer.should_stop or batch_idx + 1 == self.batches
+
+    def on_validation_end(self, trainer: pl.Trainer, module: Any) -> None:
+        trainer.should_stop = trainer.should_stop or trainer.global_step == self.validation
+
+    def on_train_start(self, trainer: pl.Trainer, module: Any) -> None:
+        trainer.should_stop = trainer.should_stop or trainer.global_step == self.validation
+
+
+@pytest.mark.parametrize(
+    ("accumulation", "stop", "step"),
+    [(1, Stop(validation=3), 3), (2, Stop(batches=3), 1)],
+    ids=["at a validation", "in the middle of a step"],
+)
+def test_an_early_stop_is_saved_and_goes_on_to_the_same_weights(
+    finished: Path, tiny_shapes: Path, tmp_path: Path, accumulation: int, stop: Stop, step: int
+) -> None:
+    more = ["stages=[base]", f"first_stage_from={finished}/first_stage", "network.dropout=0.1"]
+    more += [f"curriculum.base.trainer.accumulate_grad_batches={accumulation}", "curriculum.base.trainer.max_steps=4"]
+    more += ["checkpoint.every_n_steps=100", "trainer.val_check_interval=3", "trainer.max_epochs=1"]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    curriculum.run(*launch(tiny_shapes, whole, *more))
+
+    inodes = set()
+    for _ in range(2):  # the second time nothing is done, and nothing new is there to save
+        (stopped,), models = launch(tiny_shapes, parts, *more)
+        job = stopped.build(models)
+        job.trainer.callbacks.append(stop)  # type: ignore[attr-defined]
+        with pytest.raises(UserError, match=f"ended at step {step} of 4.*its state is saved"):
+            curriculum._train(stopped, job)
+        (saved,) = (parts / "base" / "checkpoints").iterdir()
+        assert saved.name == f"step_{step:08d}"
+        inodes.add(saved.stat().st_ino)
+    assert len(inodes) == 1
+    curriculum.run(*launch(tiny_shapes, parts, *more))
+
+    for file in ("weights.safetensors", "ema.safetensors"):
+        assert sha256(parts / "base" / "model" / file) == sha256(whole / "base" / "model" / file)
+
+
+def test_a_time_limit_saves_and_holds_for_the_stage(tiny_shapes: Path, tmp_path: Path) -> None:
+    """trainer.max_time is Lightning's Timer, which counts the seconds of all attempts."""
+    for limit, stopped in (("milliseconds", True), ("milliseconds", True), ("hours", False)):
+        (stage,), models = launch(tiny_shapes, tmp_path, "stages=[first_stage]", "checkpoint.every_n_steps=100")
+        job = stage.build(models)
+        job.trainer.callbacks.append(Timer({limit: 1}))  # type: ignore[attr-defined]
+        with pytest.raises(UserError, match="ended at step 1 of 2: a time") if stopped else nullcontext():
+            curriculum._train(stage, job)
+        steps = [path.name for path in (tmp_path / "first_stage" / "checkpoints").iterdir()]
+        assert sorted(steps) == (["step_00000001"] if stopped else ["step_00000001", "step_00000002"])
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("base/checkpoints/step_00000001", None),
+        ("base/checkpoints/step_00000001/model.safetensors", "neither a run's folder"),
+        ("base/model", "neither a run's folder"),
+        ("first_stage/checkpoints/step_00000001", "no checkpoint of a stage that this launch runs"),
+        ("nowhere", "nothing is there"),
+    ],
+)
+def test_resume_takes_a_run_or_a_checkpoint(finished: Path, tiny_shapes: Path, given: str, message: str | None) -> None:
+    more = ["stages=[base]", f"resume={finished / given}"]
+    if message is None:
+        assert launch(tiny_shapes, finished, *more)[0][0].resume_from == (finished / given).resolve()
+    else:
+        with pytest.raises(UserError, match=message):
+            launch(tiny_shapes, finished, *more)
 
 
 def test_two_optimizers_count_one_step(tiny_shapes: Path, tmp_path: Path) -> None:

@@ -1,0 +1,21 @@
+"""A launch of the quick start in miniature, without a command line."""
+
+from pathlib import Path
+
+from ldm.config.build import stages
+from ldm.config.compose import compose
+from ldm.training.curriculum import Stage
+
+
+def launch(shapes: Path, run: Path, *more: str) -> tuple[list[Stage], dict[str, Path]]:
+    """What `curriculum.run` takes: the stages, and the finished ones' models; `more` are overrides."""
+    given = [
+        "experiment=quickstart",
+        "variant=tiny",
+        f"data.train.shards={shapes}/train",
+        f"data.val.shards={shapes}/val",
+        f"run_folder={run}",
+        "trainer.enable_progress_bar=false",
+        *more,
+    ]
+    return stages(compose("train", given), given, run)
