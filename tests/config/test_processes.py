@@ -38,6 +38,7 @@ def ask(value: str, environment: dict[str, str]) -> "subprocess.Popen[str]":
     return subprocess.Popen([sys.executable, "-c", ASK, value], stdout=subprocess.PIPE, text=True, env=merged)
 
 
+@pytest.mark.slow
 def test_the_tasks_of_slurm_take_rank_0s_folder(tmp_path: Path) -> None:
     common = {
         "SLURM_NTASKS": "2",
