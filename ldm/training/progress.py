@@ -13,6 +13,11 @@ class Progress(TQDMProgressBar):
         super().__init__(refresh_rate=10)
         self.stage = stage
 
+    @property
+    def total_train_batches(self) -> int | float:
+        """The micro-steps of the whole stage: a resumed bar goes on where it was, so it needs them all."""
+        return self.trainer.num_training_batches
+
     def init_train_tqdm(self) -> Any:
         bar = super().init_train_tqdm()
         bar.set_description(self.stage)
