@@ -47,7 +47,7 @@ COLOURS: dict[str, tuple[int, int, int]] = {  # sRGB
     "purple": (128, 46, 172),
     "pink": (242, 104, 172),
 }
-RADII: dict[str, tuple[float, float]] = {"small": (0.14, 0.155), "large": (0.205, 0.22)}
+RADII: dict[str, tuple[float, float]] = {"small": (0.14, 0.155), "large": (0.195, 0.21)}
 AREAS: dict[str, float] = {  # of a shape of radius 1, see `signed_distance`
     "circle": 3.14159,
     "square": 3.24,
