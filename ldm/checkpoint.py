@@ -356,7 +356,7 @@ def is_whole(path: PathLike) -> bool:
 def checkpoints(folder: PathLike, pattern: str = "*") -> list[Path]:
     """The whole checkpoints in `folder` whose name matches `pattern`, newest first.
 
-    Where every name has numbers in it (`step=1000`), they decide, which copying a folder does not change;
+    Where every name has numbers in it (`step_00001000`), they decide, which copying a folder does not change;
     else the modification time does. Torn ones are left out.
     """
     found = [path for path in Path(folder).glob(pattern) if not path.name.startswith(".") and is_whole(path)]

@@ -3,6 +3,7 @@
 import json
 import platform
 import subprocess
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -28,8 +29,12 @@ PACKAGES = (
 ROOT = Path(__file__).resolve().parents[2]
 
 
+@cache
 def versions() -> dict[str, str | None]:
-    """The versions by package; `commit` is None outside a git checkout, a package that is not there is None."""
+    """The versions by package; `commit` is None outside a git checkout, a package that is not there is None.
+
+    They are read once in a process.
+    """
     found: dict[str, str | None] = {"python": platform.python_version()}
     for package in PACKAGES:
         try:

@@ -147,6 +147,7 @@ class Fetcher:
         return pixels, caption, original
 
     def caption(self, index: int) -> str:
+        """A sample's caption; BadSample where it has none and needs one."""
         columns = self.manifest
         kind = columns.caption[index]
         if kind == NO_CAPTION:

@@ -11,7 +11,7 @@ from ldm.evaluation.alignment import Alignment
 from ldm.evaluation.clip_score import CLIPScore
 from ldm.evaluation.features import Features
 from ldm.evaluation.frechet import FrechetDistance, Statistics
-from ldm.evaluation.interval import Interval, wilson
+from ldm.evaluation.interval import wilson
 from ldm.evaluation.kernel import KernelDistance, Points
 from ldm.evaluation.protocol import Value
 
@@ -100,6 +100,7 @@ class Distance(Measure):
     """A distance between the pictures and the reference pictures in the eyes of a feature network."""
 
     needs_others = True
+    _metric: FrechetDistance | KernelDistance
 
     def __init__(self, features: Features) -> None:
         self.network = features
@@ -116,7 +117,8 @@ class Distance(Measure):
         self.start()
 
     def values(self) -> dict[str, Value]:
-        value, (low, high) = self.estimate()
+        with self._metric.sync_context():
+            value, (low, high) = self._metric.estimate()
         return {self.label: Value(value, low, high)}
 
     def descriptions(self) -> Mapping[str, str]:
@@ -135,13 +137,11 @@ class Distance(Measure):
     def start(self) -> None:
         """Makes a fresh metric against that."""
 
-    @abstractmethod
-    def estimate(self) -> tuple[float, Interval]:
-        """The value and its 95 % interval."""
-
 
 class Frechet(Distance):
     """The Frechet distance of a feature network: FID where it is FID's Inception, else named by its network."""
+
+    _metric: FrechetDistance
 
     @property
     def label(self) -> str:
@@ -157,13 +157,11 @@ class Frechet(Distance):
         features = batch.features(self.network)
         self._metric.to(features.device).update(features, batch.indices)
 
-    def estimate(self) -> tuple[float, Interval]:
-        with self._metric.sync_context():
-            return self._metric.estimate()
-
 
 class Kernel(Distance):
     """The kernel distance of a feature network: KID where it is FID's Inception, else named by its network."""
+
+    _metric: KernelDistance
 
     @property
     def label(self) -> str:
@@ -178,10 +176,6 @@ class Kernel(Distance):
     def update(self, batch: Batch) -> None:
         features = batch.features(self.network)
         self._metric.to(features.device).update(features)
-
-    def estimate(self) -> tuple[float, Interval]:
-        with self._metric.sync_context():
-            return self._metric.estimate()
 
 
 class ClipScore(Measure):

@@ -1,14 +1,15 @@
-"""The quick start's stages in miniature, for tests."""
+"""The quick start in miniature, without a command line."""
 
 from pathlib import Path
 
 from ldm.config.build import stages
 from ldm.config.compose import compose
 from ldm.training import curriculum
+from ldm.training.curriculum import Stage
 
 
-def train(shapes: Path, run: Path, *more: str) -> Path:
-    """Runs the stages (all, without `stages=...`); the run's folder."""
+def launch(shapes: Path, run: Path, *more: str) -> tuple[list[Stage], dict[str, Path]]:
+    """What `curriculum.run` takes: the stages, and the finished ones' models; `more` are overrides."""
     given = [
         "experiment=quickstart",
         "variant=tiny",
@@ -18,5 +19,10 @@ def train(shapes: Path, run: Path, *more: str) -> Path:
         "trainer.enable_progress_bar=false",
         *more,
     ]
-    curriculum.run(*stages(compose("train", given), given, run))
+    return stages(compose("train", given), given, run)
+
+
+def train(shapes: Path, run: Path, *more: str) -> Path:
+    """Runs the stages (all, without `stages=...`); the run's folder."""
+    curriculum.run(*launch(shapes, run, *more))
     return run

@@ -20,7 +20,7 @@ from ldm.sampling.grid import Trailing
 from ldm.sampling.guidance import ClassifierFree
 from ldm.training import curriculum
 from ldm.training.curriculum import Interrupted
-from tests.training.launch import launch
+from tests.training.miniature import launch
 
 
 @pytest.fixture(scope="module")

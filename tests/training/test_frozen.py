@@ -15,7 +15,7 @@ from ldm.interop.model_folder import open_model_folder, write_model_folder
 from ldm.networks.frozen import FrozenNetwork
 from ldm.training import curriculum
 from ldm.training.frozen import FrozenPart, frozen_parts, leave_out, note_origin, put_back
-from tests.training.launch import launch
+from tests.training.miniature import launch
 
 
 class Network(FrozenNetwork):

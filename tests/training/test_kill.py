@@ -12,7 +12,7 @@ import pytorch_lightning as pl
 
 from ldm import checkpoint
 from ldm.training import curriculum
-from tests.training.launch import launch
+from tests.training.miniature import launch
 
 Kill = Callable[[list[pl.Callback]], None]
 
