@@ -18,17 +18,17 @@ from ldm.config.versions import write_versions
 from ldm.errors import UserError
 from ldm.training.curriculum import Interrupted
 
-Main = Callable[[DictConfig], None]
+Main = Callable[[DictConfig], float | None]
 
 
 def command(config_name: str) -> Callable[[Main], Callable[[], None]]:
     """Makes `main(cfg)` a command line of overrides; a user's error ends it with its message and exit status 1."""
 
     def decorate(main: Main) -> Callable[[], None]:
-        def guarded(cfg: DictConfig) -> None:
+        def guarded(cfg: DictConfig) -> float | None:
             try:
                 _write_versions(Path(HydraConfig.get().runtime.output_dir))
-                main(cfg)
+                return main(cfg)
             except Interrupted as stop:
                 sys.stderr.write(f"{stop}\n")
                 raise SystemExit(stop.exit_status) from None

@@ -9,7 +9,7 @@ from typing import Any
 import hydra
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Glob, IntervalSweep, Override
 from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -83,11 +83,23 @@ def _may_be_added(cfg: DictConfig, known: set[str], name: str) -> bool:
 
 
 def first_of_sweeps(overrides: list[str]) -> list[str]:
-    """The overrides with each sweep (`lr=1e-4,2e-4`) replaced by its first value."""
+    """The overrides with each sweep (`lr=1e-4,2e-4`, `lr=interval(1e-5,1e-3)`) replaced by its first value."""
     return [
-        f"{o.get_key_element()}={next(iter(o.sweep_string_iterator()))}" if o.is_sweep_override() else text
+        f"{o.get_key_element()}={_first_value(o)}" if o.is_sweep_override() else text
         for o, text in zip(parse(overrides), overrides, strict=True)
     ]
+
+
+def _first_value(sweep: Override) -> str:
+    value = sweep.value()
+    if isinstance(value, IntervalSweep):
+        return str(value.start)
+    if isinstance(value, Glob):
+        found = value.filter(sorted(file.stem for file in (CONFIGS / sweep.key_or_group).glob("*.yaml")))
+        if not found:
+            raise UserError(f"{sweep.input_line}: no {sweep.key_or_group} has such a name")
+        return found[0]
+    return next(iter(sweep.sweep_string_iterator()))
 
 
 def names(node: Any, prefix: str = "") -> Iterator[str]:

@@ -12,7 +12,7 @@ from ldm.config.check import build
 from ldm.generation import SamplingSettings
 from ldm.training.ema import EMA
 from ldm.training.first_stage import FirstStageModule
-from ldm.training.metrics_file import MetricsFile, Rewind
+from ldm.training.metrics_file import METRICS, MetricsFile, Rewind
 from ldm.training.module import TrainingModule
 from ldm.training.progress import Progress
 from ldm.training.sheets import ReconstructionSheets, SampleSheets, Sheets
@@ -25,7 +25,7 @@ def watch(
     config: DictConfig, folder: Path, ema: EMA | None, settings: SamplingSettings | None
 ) -> tuple[list[pl.Callback], list[Logger]]:
     """The callbacks and the loggers of a stage; it is sampled from with `settings`, a first stage (None) decodes."""
-    metrics, throughput = MetricsFile(folder / "metrics.jsonl"), Throughput(config.trainer.log_every_n_steps)
+    metrics, throughput = MetricsFile(folder / METRICS), Throughput(config.trainer.log_every_n_steps)
     callbacks: list[pl.Callback] = [Rewind(metrics), throughput]
     if config.samples.every_n_steps is not None:
         callbacks.append(_sheets(config.samples, folder / "samples", ema, settings, throughput))

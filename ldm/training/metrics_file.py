@@ -12,6 +12,9 @@ from pytorch_lightning.loggers import Logger
 from pytorch_lightning.utilities import rank_zero_only
 
 from ldm.checkpoint import write_atomic
+from ldm.errors import UserError, nearest
+
+METRICS = "metrics.jsonl"  # in a stage's folder
 
 
 class MetricsFile(Logger):
@@ -71,6 +74,20 @@ class Rewind(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.is_global_zero:
             self.file.rewind(trainer.global_step)
+
+
+def last_value(path: Path, name: str) -> float:
+    """The newest value of a column of a metrics file, NaN where it was not finite.
+
+    Raises UserError where the file has no such column.
+    """
+    written = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    lines = [json.loads(line) for line in written if line.endswith("\n")]
+    values = [line[name] for line in lines if name in line]
+    if not values:
+        known = dict.fromkeys(column for line in lines for column in line)
+        raise UserError(f"{name}: {path} has no such column; {nearest(name, list(known))}")
+    return math.nan if values[-1] is None else float(values[-1])
 
 
 def _number(value: float) -> float | None:

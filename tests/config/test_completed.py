@@ -3,7 +3,7 @@
 import pytest
 
 from ldm.config.build import stage_config
-from ldm.config.compose import completed, compose
+from ldm.config.compose import completed, compose, first_of_sweeps
 from ldm.errors import UserError
 
 TINY = ["experiment=quickstart", "variant=tiny"]
@@ -40,3 +40,22 @@ def test_the_value_arrives() -> None:
 def test_a_typing_error_still_gets_the_nearest_names() -> None:
     with pytest.raises(UserError, match=r"optimizer\.lrr: there is no such knob; did you mean optimizer\.lr"):
         compose("train", [*TINY, "optimizer.lrr=1", "optimizer.eps=1e-6"])
+
+
+@pytest.mark.parametrize(
+    ("sweep", "first"),
+    [
+        ("optimizer.lr=1e-4,2e-4", "optimizer.lr=0.0001"),
+        ("optimizer.lr=range(1,5)", "optimizer.lr=1"),
+        ("optimizer.lr=tag(log,interval(0.25,1e-3))", "optimizer.lr=0.25"),
+        ("prediction=glob(*)", "prediction=epsilon"),
+    ],
+)
+def test_every_kind_of_sweep_has_a_first_value(sweep: str, first: str) -> None:
+    assert first_of_sweeps([sweep]) == [first]
+    compose("train", [*TINY, "run_folder=nowhere", first])
+
+
+def test_a_glob_that_nothing_matches_is_told() -> None:
+    with pytest.raises(UserError, match="no prediction"):
+        first_of_sweeps(["prediction=glob(z*)"])

@@ -6,6 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
+
+from ldm.training.metrics_file import last_value
 
 ROOT = Path(__file__).parents[2]
 DDP = ["trainer.devices=2", "trainer.strategy=ddp", "trainer.accelerator=cpu"]
@@ -36,6 +39,18 @@ def test_the_jobs_of_a_sweep_have_a_folder_each(tiny_shapes: Path, tmp_path: Pat
     (sweep,) = (tmp_path / "outputs" / "quickstart").iterdir()
     assert finished(sweep) == ["optimizer.lr=0.0001", "optimizer.lr=0.0002"]
     assert len(list(tmp_path.rglob("metrics.jsonl"))) == 2
+
+
+@pytest.mark.slow
+def test_optuna_is_given_the_objective(tiny_shapes: Path, tmp_path: Path) -> None:
+    run(tmp_path, str(ROOT / "train.py"), "-m", *tiny(tiny_shapes), "objective=val/psnr", "hydra/sweeper=optuna",
+        "hydra.sweeper.n_trials=2", "hydra.sweeper.direction=maximize", "hydra.sweep.subdir=${hydra:job.num}",
+        "optimizer.lr=tag(log,interval(1e-5,1e-3))")  # fmt: skip
+    (sweep,) = (tmp_path / "outputs" / "quickstart").iterdir()
+    logs = [sweep / job / "first_stage" / "metrics.jsonl" for job in ("0", "1")]
+    best = yaml.safe_load((sweep / "optimization_results.yaml").read_text())
+    assert 1e-5 <= best["best_params"]["optimizer.lr"] <= 1e-3
+    assert best["best_value"] == max(last_value(log, "val/psnr") for log in logs)
 
 
 @pytest.mark.slow

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from ldm.training.metrics_file import MetricsFile, Rewind
+from ldm.errors import UserError
+from ldm.training.metrics_file import MetricsFile, Rewind, last_value
 from tests.training.miniature import train
 
 
@@ -39,6 +40,20 @@ def test_a_line_holds_the_steps_done_the_time_and_the_values(file: MetricsFile) 
 def test_numbers_that_json_does_not_have_are_null(file: MetricsFile) -> None:
     file.log_metrics({"a": math.nan, "b": math.inf, "c": -math.inf, "d": 1e-30}, 6)
     assert {name: lines(file.path)[-1][name] for name in "abcd"} == {"a": None, "b": None, "c": None, "d": 1e-30}
+
+
+def test_the_last_value_of_a_column_is_what_a_sweeper_gets(file: MetricsFile) -> None:
+    file.log_metrics({"val/loss": 0.25}, 5)
+    file.path.write_text(file.path.read_text() + '{"step": 7, "val/loss": 9')  # a line that a kill cut off
+    assert last_value(file.path, "val/loss") == 0.25
+    assert last_value(file.path, "train/loss") == 2.5
+    with pytest.raises(UserError, match=r"val/los:.*did you mean val/loss"):
+        last_value(file.path, "val/los")
+
+
+def test_a_diverged_run_has_an_objective_that_is_no_number(file: MetricsFile) -> None:
+    file.log_metrics({"val/loss": math.inf}, 6)
+    assert math.isnan(last_value(file.path, "val/loss"))
 
 
 def test_another_logger_on_the_file_appends(file: MetricsFile) -> None:
