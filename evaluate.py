@@ -4,8 +4,9 @@ import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from omegaconf import DictConfig, ListConfig
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from ldm.checkpoint import write_atomic
 from ldm.config.build import (
@@ -16,6 +17,7 @@ from ldm.config.build import (
     pick_device,
     sampling_settings,
     trained_size,
+    warn_without_dropout,
 )
 from ldm.config.command import command
 from ldm.errors import UserError
@@ -27,12 +29,13 @@ from ldm.generation import Generator
 from ldm.interop.model_folder import stage_records
 
 
-@command("evaluate")
+@command("evaluate", ("negative_prompt",))
 def main(cfg: DictConfig) -> None:
     """Writes sealed results, one table and one plot against the guidance scale into `out`."""
     given = cfg.guidance_scale
     scales = [float(scale) for scale in (given if isinstance(given, ListConfig) else [given])]
     trained = load_trained(cfg.checkpoint, cfg.weights, cfg.device)
+    warn_without_dropout(trained.config, scales)
     size = trained_size(trained, cfg.size)
     sets = evaluation_sets(trained, cfg.data, size, cfg.n, cfg.feature_cache)
     names = cfg.metrics or trained.config.evaluation.metrics
@@ -84,9 +87,16 @@ def protocol_of(cfg: DictConfig, trained: Trained, size: tuple[int, int]) -> Pro
         size=size,
         sampler=json.dumps({k: v for k, v in cfg.sampler.items()}),
         grid=json.dumps({k: v for k, v in cfg.grid.items()}),
-        guidance=json.dumps({k: v for k, v in cfg.guidance.items() if k != "scale"}),
+        guidance=json.dumps(without_scale(OmegaConf.to_container(cfg.guidance))),
         negative_prompt=cfg.negative_prompt,
     )
+
+
+def without_scale(guidance: Any) -> Any:
+    """A guidance's configuration without the scales, those of the guidances that it wraps as well."""
+    if not isinstance(guidance, dict):
+        return guidance
+    return {name: without_scale(value) for name, value in guidance.items() if name != "scale"}
 
 
 def not_measured(missing: Mapping[str, str]) -> str:

@@ -1,42 +1,69 @@
 """Generation: requests in, images out; the same for sample.py, for callbacks in training and for evaluation."""
 
 import json
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from ldm.checkpoint import write_atomic
+from ldm.diffusion.schedule import Schedule
 from ldm.errors import UserError
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.sampling.grid import Grid
 from ldm.sampling.guidance import Guidance
+from ldm.sampling.image_to_image import noised, remaining, steps_made
+from ldm.sampling.inpainting import keeping, latent_mask
 from ldm.sampling.noise import ImageNoise
 from ldm.sampling.sampler import OnStep, Sampler, start
 
+log = logging.getLogger(__name__)
 
-@dataclass(frozen=True)
+BATCH_SIZES = {"cuda": 64, "cpu": 16}  # to begin with, where the user names none
+
+
+@dataclass(frozen=True, eq=False)
 class Request:
-    """One image to make: its condition, its seed, and what guidance leads away from ("" where not given)."""
+    """One image to make: its condition, its seed, and what guidance leads away from ("" where not given).
+
+    image  [3, H, W] in [-1, 1]: what it is made from (image to image, inpainting); None: from noise alone
+    mask   [1, H, W] in [0, 1], 1 where it is painted anew; None: everywhere
+    """
 
     fields: Mapping[str, str]
     seed: int
     negative: Mapping[str, str] = field(default_factory=dict)
+    image: Tensor | None = None
+    mask: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class SamplingSettings:
-    """How images are made: the sampler, the times it visits, how many, and the guidance."""
+    """How images are made: the sampler, the times it visits, how many, and the guidance.
+
+    `strength` in (0, 1] is the share of the steps that an image to image makes; 1 begins from noise alone.
+    """
 
     sampler: Sampler
     grid: Grid
     guidance: Guidance
     steps: int
+    strength: float = 1.0
+
+    @property
+    def steps_made(self) -> int:
+        """The steps of one image; UserError for a strength out of range."""
+        return steps_made(self.steps, self.strength)
+
+    def times(self, schedule: Schedule) -> Tensor:
+        """The times visited, [steps_made + 1]; UserError for steps or a strength out of range."""
+        return remaining(self.grid(schedule, self.steps), self.strength)
 
 
 class Generator:
@@ -49,6 +76,12 @@ class Generator:
         self.denoiser = model.denoiser
         self.conditioner = model.conditioner
         self.first_stage = model.first_stage
+        self.masked_image = model.masked_image
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is, and the images are made."""
+        return next(self.denoiser.parameters()).device
 
     def latent_shape(self, size: tuple[int, int]) -> tuple[int, int, int]:
         """(C, h, w) of the latents of an image of size (H, W) pixels; UserError where they do not divide."""
@@ -65,45 +98,135 @@ class Generator:
         on_step: OnStep = lambda done: None,
     ) -> Tensor:
         """Images [B, 3, H, W] in [0, 1], float32, on the model's device, one for each request."""
-        device = next(self.denoiser.parameters()).device
-        shape = self.latent_shape(size)
-        inputs, negative = self._conditions(requests)
-        denoise = settings.guidance(self.denoiser, inputs, negative)
+        shape, schedule = self.latent_shape(size), self.denoiser.schedule
+        images = _stacked([request.image for request in requests], (3, *size), "a picture", self.device)
+        masks = _stacked([request.mask for request in requests], (1, *size), "a mask", self.device)
+        if masks is not None and images is None:
+            raise UserError("a mask says what of a picture is painted anew: give the picture too (init_image)")
+        fields, inputs, negative = self._conditions(requests)
+        if self.masked_image is not None:
+            seen = self._masked_image(images, masks, (len(requests), 3, *size))
+            inputs, negative = inputs | {"concat": seen}, negative | {"concat": seen}
 
-        schedule = self.denoiser.schedule
-        times = settings.grid(schedule, settings.steps)
-        noise = ImageNoise([request.seed for request in requests], device)
-        z = start(noise(shape), times, schedule)
+        denoise = settings.guidance(self.denoiser, inputs, negative, fields)
+        times = settings.times(schedule)
+        noise = ImageNoise([request.seed for request in requests], self.device)
+        eps = noise(shape)
+        z = start(eps, times, schedule)
+        if images is not None:
+            known = self.first_stage.encode(images)
+            begun = noised(known, eps, times[0], schedule)
+            z = z if settings.strength == 1.0 else begun
+            if masks is not None and self.masked_image is None:
+                mask = latent_mask(masks, self.first_stage.factor)
+                z, denoise = begun.lerp(z, mask), keeping(denoise, known, mask, schedule)
         z = settings.sampler(denoise, z, times, schedule, noise, on_step)
-        return (self.first_stage.decode(z).float() * 0.5 + 0.5).clamp(0.0, 1.0)
+        made = (self.first_stage.decode(z).float() * 0.5 + 0.5).clamp(0.0, 1.0)
+        if images is not None and masks is not None:
+            made = (images * 0.5 + 0.5).lerp(made, masks)  # what is kept, is kept pixel for pixel
+        return made
+
+    def batches(
+        self,
+        requests: Sequence[Request],
+        size: tuple[int, int],
+        settings: SamplingSettings,
+        batch_size: int | None = 16,
+        on_step: Callable[[int], object] = lambda images: None,
+    ) -> Iterator[Tensor]:
+        """Images [b, 3, H, W] in [0, 1] on the CPU, in the order of the requests, at most `batch_size` at a time.
+
+        None begins with BATCH_SIZES. A batch that does not fit into memory is halved, with a note, and so are those
+        after it. `on_step` is told, after each step, how many images took it. UserError where one image is too many.
+        """
+        most = BATCH_SIZES.get(self.device.type, 16) if batch_size is None else batch_size
+        if most < 1:
+            raise UserError(f"batch_size={batch_size}: expected 1 or more, or auto")
+        first, told = 0, 0  # told: the steps that a failed attempt told already
+        while first < len(requests):
+            part = requests[first : first + most]
+            steps = _Steps(len(part), on_step, told)
+            images = _unless_out_of_memory(lambda p=part, s=steps: self.batch(p, size, settings, s).cpu())  # type: ignore[misc]
+            if images is not None:
+                first, told = first + len(part), 0
+                yield images
+                continue
+            if len(part) == 1:
+                raise UserError(
+                    f"size={list(size)}: one image does not fit into the memory of {self.device}; give a smaller size"
+                )
+            most, told = (len(part) + 1) // 2, max(told, steps.told)
+            log.warning("out of memory with %d images at once: going on with batch_size=%d", len(part), most)
 
     def generate(
         self,
         requests: Sequence[Request],
         size: tuple[int, int],
         settings: SamplingSettings,
-        batch_size: int = 16,
+        batch_size: int | None = 16,
         on_step: Callable[[int], object] = lambda images: None,
     ) -> Iterator[Tensor]:
-        """Images [3, H, W] in [0, 1] in the order of the requests, made `batch_size` at a time.
+        """Images [3, H, W] in [0, 1] in the order of the requests, see `batches`."""
+        for images in self.batches(requests, size, settings, batch_size, on_step):
+            yield from images
 
-        `on_step` is told, after each step, how many images took it.
-        """
-        if batch_size < 1:
-            raise UserError(f"batch_size={batch_size}: expected 1 or more")
-        for first in range(0, len(requests), batch_size):
-            part = requests[first : first + batch_size]
-            yield from self.batch(part, size, settings, partial(_tell, on_step, len(part))).cpu()
-
-    def _conditions(self, requests: Sequence[Request]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def _conditions(
+        self, requests: Sequence[Request]
+    ) -> tuple[dict[str, list[str]], dict[str, Tensor], dict[str, Tensor]]:
         names = requests[0].fields.keys()
         given = {name: [request.fields[name] for request in requests] for name in names}
         away = {name: [request.negative.get(name, "") for request in requests] for name in names}
-        return self.conditioner(given, None).inputs(), self.conditioner(away, None).inputs()
+        return given, self.conditioner(given, None).inputs(), self.conditioner(away, None).inputs()
+
+    def _masked_image(self, images: Tensor | None, masks: Tensor | None, shape: tuple[int, ...]) -> Tensor:
+        """What an inpainting network sees; without a picture, or without a mask, all of it is to be painted."""
+        assert self.masked_image is not None
+        if images is None or masks is None:
+            images, masks = torch.zeros(shape, device=self.device), torch.ones(shape, device=self.device)[:, :1]
+        return self.masked_image(images, masks, self.first_stage.encode)
 
 
-def _tell(on_step: Callable[[int], object], images: int, done: int) -> None:
-    on_step(images)
+class _Steps:
+    """Tells how many images took each step of a batch; of the first ones, as many as were told before are left out."""
+
+    def __init__(self, images: int, on_step: Callable[[int], object], before: int) -> None:
+        self.images = images
+        self.on_step = on_step
+        self.before = before
+        self.told = 0
+
+    def __call__(self, done: int) -> None:
+        self.told += self.images
+        new = min(self.images, self.told - self.before)
+        if new > 0:
+            self.on_step(new)
+
+
+def _stacked(given: Sequence[Tensor | None], shape: tuple[int, ...], what: str, device: torch.device) -> Tensor | None:
+    """The tensors [B, *shape] on the device, or None for none; UserError where some lack or have another shape."""
+    there = [tensor for tensor in given if tensor is not None]
+    if not there:
+        return None
+    if len(there) != len(given):
+        raise UserError(f"{len(there)} of a batch's {len(given)} requests have {what}: make the others apart")
+    for tensor in there:
+        if tuple(tensor.shape) != shape:
+            raise UserError(
+                f"{what} of shape {list(tensor.shape)} for an image of {list(shape)}: bring it to that size"
+            )
+    return torch.stack(there).to(device)
+
+
+def _unless_out_of_memory(make: Callable[[], Tensor]) -> Tensor | None:
+    """What `make` gives; None, with the memory it took given back, where there is too little."""
+    try:
+        return make()
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
+            raise
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return None
 
 
 def save_image(image: Tensor, path: Path, facts: Mapping[str, object]) -> None:
@@ -113,3 +236,10 @@ def save_image(image: Tensor, path: Path, facts: Mapping[str, object]) -> None:
     text.add_text("ldm", json.dumps(dict(facts)))
     with write_atomic(path) as temporary:
         Image.fromarray(pixels).save(temporary, format="PNG", pnginfo=text)
+
+
+def open_image(path: Path) -> Tensor:
+    """A picture [3, H, W] in [0, 1] as `save_image` wrote it."""
+    with Image.open(path) as image:
+        pixels = np.asarray(image.convert("RGB"))
+    return torch.from_numpy(pixels.astype(np.float32)).permute(2, 0, 1) / 255.0

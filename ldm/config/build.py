@@ -1,7 +1,8 @@
 """From a composed configuration to built objects: the stages of a launch, and a trained model read back."""
 
+import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -32,6 +33,8 @@ from ldm.training.curriculum import Job, Stage
 from ldm.training.ema import EMA
 from ldm.training.frozen import note_origin
 from ldm.training.module import TrainingModule
+
+log = logging.getLogger(__name__)
 
 # ------------------------------------------------------------------------------------------------ training
 
@@ -223,11 +226,16 @@ class Trained:
     config: DictConfig
 
 
+def open_trained(checkpoint: str) -> tuple[ModelFolder, DictConfig]:
+    """The folder and the configuration of the model that `checkpoint` means; its weights are not read."""
+    folder = find_model_folder(Path(checkpoint), "diffusion")
+    return folder, cast(DictConfig, OmegaConf.create(folder.config_text))
+
+
 def load_trained(checkpoint: str, weights: str, device: str) -> Trained:
     """The latent diffusion model of a run, a stage or a model folder, in eval mode on `device`."""
-    folder = find_model_folder(Path(checkpoint), "diffusion")
+    folder, config = open_trained(checkpoint)
     folder.verify()
-    config = cast(DictConfig, OmegaConf.create(folder.config_text))
     if folder.tokenizer is not None:
         _replace(config, str(config.tokenizer_path), str(folder.tokenizer))
     model = cast(LatentDiffusion, build(config.tasks.diffusion.latent_diffusion))
@@ -240,8 +248,30 @@ def sampling_settings(cfg: DictConfig, guidance_scale: float) -> SamplingSetting
     """The sampler, grid, guidance and steps of sample.py's or evaluate.py's configuration."""
     if cfg.steps < 1:
         raise UserError(f"steps={cfg.steps}: expected 1 or more")
-    guidance = OmegaConf.merge(cfg.guidance, {"scale": float(guidance_scale)})
-    return SamplingSettings(build(cfg.sampler), build(cfg.grid), build(cast(DictConfig, guidance)), cfg.steps)
+    own = cast(DictConfig, OmegaConf.create(OmegaConf.to_container(cfg, resolve=False)))
+    own.guidance_scale = float(guidance_scale)  # what the guidance's own scale refers to
+    parts = build(own.sampler, "sampler"), build(own.grid, "grid"), build(own.guidance, "guidance")
+    return SamplingSettings(*parts, cfg.steps, float(cfg.get("strength", 1.0)))
+
+
+def warn_without_dropout(config: DictConfig, scales: Iterable[float]) -> None:
+    """Says so where a model is to be guided whose training never dropped its captions."""
+    rates = list(_values(config.tasks.diffusion.latent_diffusion.conditioner, "dropout"))
+    if not any(rates) and any(scale != 1 for scale in scales):
+        log.warning(
+            "guidance: this model was trained without caption dropout (conditioner.dropout), so it has not learned "
+            "what guidance leads away from: use guidance_scale=1, or train with conditioner.dropout=0.1"
+        )
+
+
+def _values(node: Any, name: str) -> Iterator[Any]:
+    """All values of that name anywhere in a configuration."""
+    inside = list(node) if not isinstance(node, DictConfig) else [node[key] for key in node]
+    if isinstance(node, DictConfig) and name in node:
+        yield node[name]
+    for part in inside:
+        if OmegaConf.is_config(part):
+            yield from _values(part, name)
 
 
 def trained_size(trained: Trained, size: Any) -> tuple[int, int]:
@@ -301,21 +331,6 @@ def evaluation_sets(
     else:
         chosen = {"data": OmegaConf.to_container(data) if OmegaConf.is_config(data) else data}
     return [ReferenceSet(name, shards, size, n, cache) for name, shards in chosen.items()]
-
-
-def read_prompts(prompt: str | None, prompts: str | None) -> list[str]:
-    """The prompts: the one that is given, or the lines of a file; UserError for none or both."""
-    if (prompt is None) == (prompts is None):
-        raise UserError('give either prompt="..." or prompts=FILE (one prompt a line)')
-    if prompt is not None:
-        return [str(prompt)]
-    path = Path(str(prompts))
-    if not path.is_file():
-        raise UserError(f"prompts={path}: there is no such file")
-    lines = [line.strip() for line in path.read_text().splitlines() if line.strip()]
-    if not lines:
-        raise UserError(f"prompts={path}: the file has no prompts; write one a line")
-    return lines
 
 
 def pick_device(device: str) -> torch.device:

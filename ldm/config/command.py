@@ -3,7 +3,7 @@
 import logging
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import hydra
@@ -13,7 +13,7 @@ from lightning_fabric.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ldm.config.compose import CONFIGS, completed, compose, first_of_sweeps, register_resolvers
+from ldm.config.compose import CONFIGS, completed, compose, first_of_sweeps, register_resolvers, with_texts
 from ldm.config.versions import write_versions
 from ldm.errors import UserError
 from ldm.training.curriculum import Interrupted
@@ -21,8 +21,11 @@ from ldm.training.curriculum import Interrupted
 Main = Callable[[DictConfig], float | None]
 
 
-def command(config_name: str) -> Callable[[Main], Callable[[], None]]:
-    """Makes `main(cfg)` a command line of overrides; a user's error ends it with its message and exit status 1."""
+def command(config_name: str, texts: Sequence[str] = ()) -> Callable[[Main], Callable[[], None]]:
+    """Makes `main(cfg)` a command line of overrides; a user's error ends it with its message and exit status 1.
+
+    The values of the knobs `texts` are taken as they stand, where it is no sweep.
+    """
 
     def decorate(main: Main) -> Callable[[], None]:
         def guarded(cfg: DictConfig) -> float | None:
@@ -39,6 +42,8 @@ def command(config_name: str) -> Callable[[Main], Callable[[], None]]:
         def run() -> None:
             register_resolvers()
             _quiet()
+            if not {"-m", "--multirun"} & set(sys.argv):
+                sys.argv[1:] = with_texts(sys.argv[1:], texts)
             sys.argv[1:] = _completed(config_name, sys.argv[1:])
             overrides = [text for text in sys.argv[1:] if not text.startswith("-")]
             if len(overrides) == len([t for t in sys.argv[1:] if t not in ("-m", "--multirun")]):

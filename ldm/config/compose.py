@@ -1,7 +1,8 @@
 """Composition: from a command's overrides to one configuration, with errors that name the nearest knobs."""
 
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from ldm.config.processes import agreed
 from ldm.errors import UserError, nearest
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+QUOTED = r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\""
 
 
 def compose(config_name: str, overrides: list[str]) -> DictConfig:
@@ -40,6 +42,26 @@ def parse(overrides: list[str]) -> list[Override]:
         return OverridesParser.create().parse_overrides(overrides)
     except OverrideParseException as error:
         raise UserError(f"an override can't be read: {_first_line(error)}") from error
+
+
+def quoted(text: str) -> str:
+    """A text as an override's value that is taken letter by letter, commas, brackets and `${` as well."""
+    text = re.sub(r"(\\*)\$\{", lambda found: f"{found[1] * 2}\\${{", text)
+    ends = re.sub(r"(\\*)('|$)", lambda found: found[1] * 2 + ("\\'" if found[2] else ""), text)
+    return f"'{ends}'"
+
+
+def with_texts(overrides: list[str], knobs: Sequence[str]) -> list[str]:
+    """The overrides, with the values of these knobs taken as they stand, not as Hydra's grammar.
+
+    Values in quotes of their own, empty ones and `null` keep their meaning.
+    """
+    result = []
+    for override in overrides:
+        name, _, value = override.partition("=")
+        plain = name in knobs and value not in ("", "null") and not re.fullmatch(QUOTED, value)
+        result.append(f"{name}={quoted(value)}" if plain else override)
+    return result
 
 
 def completed(config_name: str, overrides: list[str]) -> list[str]:

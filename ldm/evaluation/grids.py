@@ -24,12 +24,13 @@ Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 def labelled_grid(images: Sequence[Tensor], labels: Sequence[str], path: Path, columns: int = 8) -> None:
     """Writes a PNG of the images [3, H, W] in [0, 1] with their labels, wrapped to six lines at most, below them.
 
-    Small pictures are enlarged by a whole number without smoothing, so that one sees what was made.
+    Small pictures are enlarged by a whole number without smoothing, so that one sees what was made. They may be of
+    different sizes.
     """
     if not images or len(images) != len(labels):
         raise UserError(f"{len(images)} images and {len(labels)} labels make no sheet")
-    tiles = [_tile(image) for image in images]
-    width, height = tiles[0].size
+    tiles = [tile(image) for image in images]
+    width, height = (max(picture.size[side] for picture in tiles) for side in (0, 1))
     font = ImageFont.load_default(size=FONT_SIZE)
     wrapped = [wrap(label, font, width) for label in labels]
     columns = min(columns, len(tiles))
@@ -40,12 +41,12 @@ def labelled_grid(images: Sequence[Tensor], labels: Sequence[str], path: Path, c
         bottom += height + MARGIN + (lines * LINE + MARGIN // 2 if lines else 0)
     sheet = Image.new("RGB", (columns * (width + MARGIN) + MARGIN, bottom), "white")
     draw = ImageDraw.Draw(sheet)
-    for place, (tile, text) in enumerate(zip(tiles, wrapped, strict=True)):
+    for place, (picture, text) in enumerate(zip(tiles, wrapped, strict=True)):
         x, y = MARGIN + place % columns * (width + MARGIN), tops[place // columns]
-        sheet.paste(tile, (x, y))
+        sheet.paste(picture, (x, y))
         for number, line in enumerate(text):
             draw.text((x, y + height + 4 + number * LINE), line, fill=INK, font=font)
-    _save(sheet, path)
+    save_sheet(sheet, path)
 
 
 def paired_grid(originals: Tensor, others: Tensor, path: Path, columns: int = 8) -> None:
@@ -55,7 +56,7 @@ def paired_grid(originals: Tensor, others: Tensor, path: Path, columns: int = 8)
     labels = [f"{ratio:.1f} dB" for ratio in psnr(others, originals).tolist()]
     font = ImageFont.load_default(size=FONT_SIZE)
     names, left = ("original", "decoded"), 80
-    tiles = [(_tile(a), _tile(b)) for a, b in zip(originals, others, strict=True)]
+    tiles = [(tile(a), tile(b)) for a, b in zip(originals, others, strict=True)]
     width, height = tiles[0][0].size
     block = 2 * (height + 2) + LINE + MARGIN
     columns = min(columns, len(tiles))
@@ -64,13 +65,13 @@ def paired_grid(originals: Tensor, others: Tensor, path: Path, columns: int = 8)
     draw = ImageDraw.Draw(sheet)
     for place, pair in enumerate(tiles):
         x, y = left + place % columns * (width + MARGIN), MARGIN + place // columns * block
-        for number, tile in enumerate(pair):
-            sheet.paste(tile, (x, y + number * (height + 2)))
+        for number, picture in enumerate(pair):
+            sheet.paste(picture, (x, y + number * (height + 2)))
             if place % columns == 0:
                 at = (left - MARGIN, y + number * (height + 2) + height // 2)
                 draw.text(at, names[number], fill=INK, font=font, anchor="rm")
         draw.text((x + width // 2, y + 2 * height + 5), labels[place], fill=INK, font=font, anchor="ma")
-    _save(sheet, path)
+    save_sheet(sheet, path)
 
 
 def draw_examples(rows: Sequence[Row], folder: Path) -> None:
@@ -114,13 +115,15 @@ def _broken(word: str, font: Font, width: float) -> list[str]:
     return pieces
 
 
-def _tile(image: Tensor) -> Image.Image:
+def tile(image: Tensor) -> Image.Image:
+    """A picture [3, H, W] in [0, 1] as it stands on a sheet: SIDE pixels at least, enlarged by a whole number."""
     pixels = (image.detach().float().clamp(0, 1).permute(1, 2, 0) * 255).round().to(torch.uint8).cpu().numpy()
-    tile = Image.fromarray(pixels)
-    factor = max(1, ceil(SIDE / min(tile.size)))
-    return tile.resize((tile.width * factor, tile.height * factor), Image.Resampling.NEAREST)
+    small = Image.fromarray(pixels)
+    factor = max(1, ceil(SIDE / min(small.size)))
+    return small.resize((small.width * factor, small.height * factor), Image.Resampling.NEAREST)
 
 
-def _save(sheet: Image.Image, path: Path) -> None:
+def save_sheet(sheet: Image.Image, path: Path) -> None:
+    """Writes a sheet as PNG, with its folder where that is missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(path, optimize=True)

@@ -1,24 +1,71 @@
-"""Guidance: takes a denoiser and its conditions, gives the `denoise` that a sampler sees."""
+"""Guidance: takes a denoiser and its conditions, gives the `denoise` that a sampler sees.
+
+A guidance says three things, and a wrapping one changes some of them and takes the others from the one it wraps:
+where it guides (`applies`), between which two estimates (`pair`), and how it goes beyond them (`rule`).
+"""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from ldm.diffusion.denoiser import Denoise, Denoiser
 from ldm.diffusion.prediction import Denoised
+from ldm.diffusion.schedule import Schedule, broadcast
 
 Inputs = Mapping[str, Tensor]
 """A condition's tensors by name, each [B, ...]."""
+
+Fields = Mapping[str, Sequence[str]]
+"""The texts that the condition was made from, by name, each of B."""
+
+Pair = Callable[[Tensor, Tensor], tuple[Denoised, Denoised]]
+"""(z, t) -> what guidance leads away from, and what it leads to."""
+
+Rule = Callable[[Tensor, Tensor, Denoised, Denoised], Denoised]
+"""(z, t, away, to) -> the guided estimate; it may remember the calls before, of one run."""
 
 
 class Guidance(ABC):
     """Binds a denoiser to a condition and to what it is guided away from."""
 
+    def __call__(self, denoiser: Denoiser, inputs: Inputs, negative: Inputs, fields: Fields | None = None) -> Denoise:
+        """The guided `denoise` for one run of a batch, z [B, C, h, w] and t [B].
+
+        Args:
+            denoiser: the model.
+            inputs, negative: the condition and what guidance leads away from; the same names, each [B, ...].
+            fields: the texts of the condition, for a second model that reads them itself.
+        """
+        schedule = denoiser.schedule
+        pair, rule = self.pair(denoiser, inputs, negative, fields), self.rule(schedule)
+        condition = dict(inputs)
+
+        def denoise(z: Tensor, t: Tensor) -> Denoised:
+            where = self.applies(schedule, t)  # [B] bool
+            if not where.any():
+                return denoiser(z, t, condition)  # type: ignore[no-any-return]
+            away, to = pair(z, t)
+            guided = rule(z, t, away, to)
+            if where.all():
+                return guided
+            rows = where.to(z.device).view(-1, *[1] * (z.ndim - 1))
+            return Denoised(*(torch.where(rows, own, plain) for own, plain in zip(guided, to, strict=True)))
+
+        return denoise
+
     @abstractmethod
-    def __call__(self, denoiser: Denoiser, inputs: Inputs, negative: Inputs) -> Denoise:
-        """The guided `denoise` for a batch; `inputs` and `negative` hold the same names, each [B, ...]."""
+    def applies(self, schedule: Schedule, t: Tensor) -> Tensor:
+        """Where it guides, bool [B] or [1], on the CPU; elsewhere the condition alone is computed."""
+
+    @abstractmethod
+    def pair(self, denoiser: Denoiser, inputs: Inputs, negative: Inputs, fields: Fields | None) -> Pair:
+        """The two estimates that it goes from and to."""
+
+    @abstractmethod
+    def rule(self, schedule: Schedule) -> Rule:
+        """How it goes beyond them; a new one for each run."""
 
 
 class ClassifierFree(Guidance):
@@ -30,16 +77,46 @@ class ClassifierFree(Guidance):
     def __init__(self, scale: float = 7.5) -> None:
         self.scale = scale
 
-    def __call__(self, denoiser: Denoiser, inputs: Inputs, negative: Inputs) -> Denoise:
-        if self.scale == 1.0:
-            return lambda z, t: denoiser(z, t, dict(inputs))
+    def applies(self, schedule: Schedule, t: Tensor) -> Tensor:
+        return torch.tensor([self.scale != 1.0], device="cpu")
+
+    def pair(self, denoiser: Denoiser, inputs: Inputs, negative: Inputs, fields: Fields | None) -> Pair:
         both = {name: torch.cat([negative[name], inputs[name]]) for name in inputs}
 
-        def denoise(z: Tensor, t: Tensor) -> Denoised:
-            # x0 and eps are both linear in the network's output, so guiding each is guiding the output.
-            halves = denoiser(torch.cat([z, z]), torch.cat([t, t]), both)
-            x0_from, x0_to = halves.x0.chunk(2)
-            eps_from, eps_to = halves.eps.chunk(2)
-            return Denoised(x0_from.lerp(x0_to, self.scale), eps_from.lerp(eps_to, self.scale))
+        def halves(z: Tensor, t: Tensor) -> tuple[Denoised, Denoised]:
+            x0, eps = denoiser(torch.cat([z, z]), torch.cat([t, t]), both)
+            (x0_away, x0_to), (eps_away, eps_to) = x0.chunk(2), eps.chunk(2)
+            return Denoised(x0_away, eps_away), Denoised(x0_to, eps_to)
 
-        return denoise
+        return halves
+
+    def rule(self, schedule: Schedule) -> Rule:
+        # x0 and eps are both linear in the network's output, so guiding each is guiding the output.
+        return lambda z, t, away, to: Denoised(away.x0.lerp(to.x0, self.scale), away.eps.lerp(to.eps, self.scale))
+
+
+class Wrapping(Guidance):
+    """A guidance that changes another one; what it does not say itself is the other's."""
+
+    def __init__(self, guidance: Guidance) -> None:
+        self.guidance = guidance
+
+    def applies(self, schedule: Schedule, t: Tensor) -> Tensor:
+        return self.guidance.applies(schedule, t)
+
+    def pair(self, denoiser: Denoiser, inputs: Inputs, negative: Inputs, fields: Fields | None) -> Pair:
+        return self.guidance.pair(denoiser, inputs, negative, fields)
+
+    def rule(self, schedule: Schedule) -> Rule:
+        return self.guidance.rule(schedule)
+
+
+def of_x0(x0: Tensor, z: Tensor, t: Tensor, schedule: Schedule) -> Denoised:
+    """The estimate with this x0 that z = alpha x0 + sigma eps leaves, all shaped like z [B, ...]; t [B]."""
+    level = schedule(t)
+    return Denoised(x0, (z - broadcast(level.alpha, z) * x0) / broadcast(level.sigma, z))
+
+
+def features_of(x: Tensor) -> tuple[int, ...]:
+    """All dimensions of x [B, ...] but the batch's."""
+    return tuple(range(1, x.ndim))

@@ -46,7 +46,8 @@ class DiffusionModule(TrainingModule):
         model = self.latent_diffusion
         z0 = model.latents(batch.images, batch.keys)
         condition = model.conditioner(batch.fields, batch.keys if conditioning_dropout else None)
-        return self.loss(model.denoiser, z0, condition.inputs(), batch.keys)
+        inputs = condition.inputs() | model.seen(batch.images, batch.keys)
+        return self.loss(model.denoiser, z0, inputs, batch.keys)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         result = self.denoising_loss(batch, conditioning_dropout=True)

@@ -59,6 +59,40 @@ def test_images_are_the_same_in_any_batch(trained: Path, tmp_path: Path) -> None
     assert versions["torch"] and facts["versions"] == versions
 
 
+def test_a_contact_sheet_on_two_devices_and_one_of_its_pictures_again(trained: Path, tmp_path: Path) -> None:
+    how = [f"checkpoint={trained}", "prompt=a large red circle, at the upper left (really)", "grid=trailing", "n=2",
+           "grid.x=guidance_scale=1,3", "grid.y=sampler=ddim,dpmpp_2m", "steps=3", "batch_size=2"]  # fmt: skip
+    one = run("sample.py", *how, f"out={tmp_path / 'one'}")
+    two = run("sample.py", *how, f"out={tmp_path / 'two'}", "devices=2")
+    assert (one.returncode, two.returncode) == (0, 0), one.stderr + two.stderr
+    assert "step/s" in one.stderr
+    pictures = sorted(path.relative_to(tmp_path / "one") for path in (tmp_path / "one").rglob("*.png"))
+    assert len(pictures) == 2 * 2 * 2 + 1  # cells of two, and the sheet
+    for path in pictures:
+        assert (tmp_path / "one" / path).read_bytes() == (tmp_path / "two" / path).read_bytes()
+    again = run("sample.py", f"from={tmp_path / 'two' / pictures[3]}", f"out={tmp_path / 'again'}")
+    assert again.returncode == 0, again.stderr
+    assert "the same, bit for bit" in again.stdout
+    assert (pixels(tmp_path / "again" / pictures[3].name) == pixels(tmp_path / "one" / pictures[3])).all()
+    other = run("sample.py", f"from={tmp_path / 'one' / pictures[0]}", f"checkpoint={trained}/base", f"out={tmp_path}")
+    assert other.returncode == 1 and "trained again or replaced" in other.stderr
+
+
+def test_a_picture_is_painted_anew_where_the_mask_is_white(trained: Path, tmp_path: Path) -> None:
+    given, mask = np.full((32, 32, 3), 90, np.uint8), np.zeros((16, 16), np.uint8)
+    mask[:, 8:] = 255
+    Image.fromarray(given).save(tmp_path / "given.png")
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "a", "seed": 4}\n{"prompt": "b", "strength": 1, "steps": 2}\n')
+    files = [f"init_image={tmp_path}/given.png", f"mask={tmp_path}/mask.png", f"prompts={tmp_path}/prompts.jsonl"]
+    done = run("sample.py", f"checkpoint={trained}", *files, "grid=trailing", "steps=4", "n=1", f"out={tmp_path}/out")
+    assert done.returncode == 0, done.stderr
+    assert "16x16 is resized to the picture's 32x32" in done.stdout + done.stderr
+    for name in ("00000_seed4.png", "00001_seed0.png"):
+        made = pixels(tmp_path / "out" / name)
+        assert (made[:, :12] == 90).all() and (made[:, 20:] != 90).any()
+
+
 def test_evaluation_writes_one_table_one_plot_and_sealed_results(trained: Path, tmp_path: Path) -> None:
     done = run("evaluate.py", f"checkpoint={trained}", "guidance_scale=[1,2]", "n=6", "steps=2", f"out={tmp_path}",
                "metrics=[alignment]")  # fmt: skip
@@ -134,6 +168,8 @@ def test_two_processes_share_one_run_folder(tiny_shapes: Path, tmp_path: Path) -
         ("sample.py", ["checkpoint=/nowhere", "prompt=x"], "nothing is there"),
         ("sample.py", ["checkpoint=/nowhere", "prompt=x", "steps=0"], "steps=0"),
         ("sample.py", ["checkpoint=/nowhere"], "prompt"),
+        ("sample.py", ["prompt=x"], "checkpoint: not given"),
+        ("sample.py", ["checkpoint=/nowhere", "prompt=x", "grid.x=guidance_scal=1,2"], "did you mean guidance_scale"),
         ("evaluate.py", ["checkpoint=/nowhere"], "nothing is there"),
     ],
 )

@@ -8,6 +8,7 @@ import torch
 from PIL import Image, ImageFont
 
 from ldm.errors import UserError
+from ldm.evaluation.contact_sheet import contact_sheet
 from ldm.evaluation.grids import LINE, MARGIN, SIDE, labelled_grid, paired_grid, wrap
 
 
@@ -88,3 +89,33 @@ def test_what_does_not_match_is_refused(tmp_path: Path) -> None:
         labelled_grid([], [], tmp_path / "x.png")
     with pytest.raises(UserError, match="make no pairs"):
         paired_grid(flat(2), flat(3), tmp_path / "x.png")
+
+
+def test_pictures_of_different_sizes_stand_side_by_side(tmp_path: Path) -> None:
+    wide, high = torch.zeros(3, 144, 288), torch.full((3, 200, 144), 0.5)
+    labelled_grid([high, wide, high], [""] * 3, tmp_path / "mixed.png", columns=2)
+    pixels = open_pixels(tmp_path / "mixed.png")
+    assert pixels.shape[:2] == (2 * (200 + MARGIN) + MARGIN, 2 * (288 + MARGIN) + MARGIN)
+    assert (pixels[:, :, 0] == 0).sum() == 144 * 288
+    assert (pixels[:, :, 0] == 128).sum() == 2 * 200 * 144
+
+
+def test_a_contact_sheet_has_a_place_for_every_cell(tmp_path: Path) -> None:
+    cells = {(i, j, k): [torch.full((3, 144, 144), 20 * (1 + i + 2 * j + 4 * k) / 255)] * n
+             for i, n in ((0, 1), (1, 3)) for j in range(2) for k in range(2)}  # fmt: skip
+    contact_sheet(cells, ["steps 1", "steps 2"], ["eta 0", "eta 1"], ["first", "second"], tmp_path / "sheet.png")
+    pixels = open_pixels(tmp_path / "sheet.png")[:, :, 0]
+    for (i, j, k), images in cells.items():
+        rows = np.nonzero(pixels == 20 * (1 + i + 2 * j + 4 * k))[0]
+        assert abs(len(rows) - len(images) * 144 * 144) < 100  # letters have greys too
+        assert (np.median(rows) > len(pixels) / 2) == bool(k)
+    left = [np.median(np.nonzero(pixels == 20 * (1 + 2 * j))[0]) for j in range(2)]
+    assert left[0] < left[1]
+    with pytest.raises(UserError, match="lacks pictures"):
+        contact_sheet({(0, 0, 0): cells[0, 0, 0]}, ["a", "b"], [""], [""], tmp_path / "none.png")
+
+
+def test_an_axis_that_is_not_there_takes_no_place(tmp_path: Path) -> None:
+    contact_sheet({(0, 0, 0): [torch.zeros(3, 144, 144)]}, [""], [""], [""], tmp_path / "one.png")
+    pixels = open_pixels(tmp_path / "one.png")
+    assert pixels.shape == (144 + 3 * MARGIN, 144 + 2 * MARGIN, 3)
