@@ -16,4 +16,6 @@ class Batch(NamedTuple):
     step: int  # the optimizer step that this batch belongs to, from 0
     original_size: Tensor  # [B, 2] int64, height and width of the stored picture
     crop: Tensor  # [B, 2] int64, top and left of the crop in the resized picture
+    positions: Tensor  # [B] int64, the sample's position in the global batch
+    global_batch: int  # samples of an optimizer step over all ranks; in validation, of the whole set
     bad: Sequence[tuple[int, str]] = ()  # (index, reason) of each sample that had to be replaced

@@ -1,7 +1,7 @@
 """The batches of a run as a sized map from micro-step to batch, so that a loader can start anywhere."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,15 @@ from ldm.data.plan import Plan, micro_batch
 from ldm.randomness import key, keys
 
 
-def make_batch(fetcher: Fetcher, indices: list[int], epochs: list[int], keys: Tensor, step: int) -> Batch:
+def make_batch(
+    fetcher: Fetcher,
+    indices: list[int],
+    epochs: list[int],
+    keys: Tensor,
+    step: int,
+    positions: Sequence[int],
+    global_batch: int,
+) -> Batch:
     """The batch of the samples at `indices` [B] in `epochs` [B], bad ones replaced."""
     found = [fetcher.good(index, epoch) for index, epoch in zip(indices, epochs, strict=True)]
     samples = [sample for sample, _ in found]
@@ -28,6 +36,8 @@ def make_batch(fetcher: Fetcher, indices: list[int], epochs: list[int], keys: Te
         step=step,
         original_size=torch.tensor([sample.original_size for sample in samples], dtype=torch.int64),
         crop=torch.tensor([sample.crop for sample in samples], dtype=torch.int64),
+        positions=torch.tensor(positions, dtype=torch.int64),
+        global_batch=global_batch,
         bad=[entry for _, bad in found for entry in bad],
     )
 
@@ -58,7 +68,8 @@ class TrainBatches(Dataset[Batch]):
         positions = self.positions[part]
         indices, epochs = self.plan.at(step, positions)
         addresses = keys(self.plan.seed, "train", step, count=len(positions), start=int(positions[0]))
-        return make_batch(self.fetcher, indices.tolist(), epochs.tolist(), addresses, step)
+        at = (positions.tolist(), self.plan.global_batch)
+        return make_batch(self.fetcher, indices.tolist(), epochs.tolist(), addresses, step, *at)
 
 
 class ValBatches(Dataset[Batch]):
@@ -71,7 +82,8 @@ class ValBatches(Dataset[Batch]):
     def __init__(self, fetcher: Fetcher, samples: int, batch: int, rank: int = 0, world: int = 1) -> None:
         self.fetcher = fetcher
         self.batch = batch
-        self.indices = range(rank, samples - samples % world, world)
+        self.samples = samples - samples % world
+        self.indices = range(rank, self.samples, world)
 
     def __len__(self) -> int:
         return -(-len(self.indices) // self.batch)
@@ -79,7 +91,7 @@ class ValBatches(Dataset[Batch]):
     def __getitem__(self, number: int) -> Batch:
         indices = list(self.indices[number * self.batch : (number + 1) * self.batch])
         addresses = torch.tensor([key("val", index) for index in indices], dtype=torch.int64)
-        return make_batch(self.fetcher, indices, [0] * len(indices), addresses, number)
+        return make_batch(self.fetcher, indices, [0] * len(indices), addresses, number, indices, self.samples)
 
 
 class StepSampler(DistributedSampler[int]):

@@ -5,6 +5,7 @@ One 2x2 system, `z = alpha x0 + sigma eps` and `out = a x0 + b eps`, gives (x0, 
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -14,11 +15,62 @@ from ldm.diffusion.schedule import Level, Schedule
 from ldm.errors import UserError
 
 
-class Denoised(NamedTuple):
-    """An estimate of the data and of the noise in z, each shaped like z: `z = alpha x0 + sigma eps`."""
+class Denoised:
+    """An estimate of the data and of the noise in z, each shaped like z: `z = alpha x0 + sigma eps`.
 
-    x0: Tensor
-    eps: Tensor
+    It is held as two tensors of which x0 and eps are combinations with known factors (the pair itself, or z and
+    the network's output), so that a sampler pays for the combination that it asks for and for no other.
+    """
+
+    __slots__ = ("_eps", "_parts", "_x0")
+
+    def __init__(self, x0: Tensor, eps: Tensor) -> None:
+        self._parts = (x0, eps)
+        self._x0, self._eps = (1.0, 0.0), (0.0, 1.0)
+
+    @classmethod
+    def solved(cls, z: Tensor, out: Tensor, solution: "Solution") -> "Denoised":
+        """The estimate for which the network's output at z is `out`."""
+        estimate = cls(z, out)
+        estimate._x0, estimate._eps = solution.x0, solution.eps
+        return estimate
+
+    @property
+    def x0(self) -> Tensor:
+        """The data, shaped like z. May share memory with the network's output: never change it in place."""
+        return combined(*self._parts, *self._x0)
+
+    @property
+    def eps(self) -> Tensor:
+        """The noise, shaped like z. May share memory with the network's output: never change it in place."""
+        return combined(*self._parts, *self._eps)
+
+    def mix(self, alpha: float, sigma: float) -> Tensor:
+        """alpha x0 + sigma eps, a new tensor: where the estimate lies at another noise level."""
+        (x0_u, x0_v), (eps_u, eps_v) = self._x0, self._eps
+        u, v = self._parts
+        return (u * (alpha * x0_u + sigma * eps_u)).add_(v, alpha=alpha * x0_v + sigma * eps_v)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        """`x0, eps = denoised`."""
+        yield self.x0
+        yield self.eps
+
+
+def combined(u: Tensor, v: Tensor, a: float, b: float) -> Tensor:
+    """a u + b v; u or v itself where that is the sum."""
+    if b == 0.0:
+        return u if a == 1.0 else u * a
+    if a == 0.0:
+        return v if b == 1.0 else v * b
+    return (u * a).add_(v, alpha=b)
+
+
+class Solution(NamedTuple):
+    """x0 and eps of a network's output: each the factors of z and of the output. Plain numbers, for one time."""
+
+    x0: tuple[float, float]
+    eps: tuple[float, float]
 
 
 class Prediction(ABC):
@@ -39,6 +91,17 @@ class Prediction(ABC):
         det = level.alpha * b - level.sigma * a
         return Denoised((b * z - level.sigma * out) / det, (level.alpha * out - a * z) / det)
 
+    def solution(self, level: Level) -> Solution:
+        """What `solve` does at one level (of scalars), as plain numbers."""
+        a, b = (float(part) for part in self.coefficients(level))
+        alpha, sigma = float(level.alpha), float(level.sigma)
+        det = alpha * b - sigma * a
+        return Solution((b / det, -sigma / det), (-a / det, alpha / det))
+
+    def input_scale(self, level: Level) -> Tensor:
+        """What z is multiplied by before the network sees it, shaped like the level's alpha: 1, but for EDM."""
+        return torch.ones_like(level.alpha)
+
     def determinant(self, level: Level) -> Tensor:
         """alpha b - sigma a; the error of the output is -det / sigma times the error of x0."""
         a, b = self.coefficients(level)
@@ -55,7 +118,7 @@ class Prediction(ABC):
             raise UserError(
                 f"{type(self).__name__} prediction with {type(schedule).__name__} is singular at t = {at:g} "
                 f"(alpha = {float(schedule(torch.tensor(at)).alpha):g}): the network's output says nothing of "
-                "x0 there. Use prediction=v or prediction=flow, or a schedule that keeps some signal."
+                "x0 there. Use prediction=v, edm or flow, or a schedule that keeps some signal."
             )
 
 
@@ -85,3 +148,25 @@ class Flow(Prediction):
 
     def coefficients(self, level: Level) -> tuple[Tensor, Tensor]:
         return level.d_alpha, level.d_sigma
+
+
+class EDM(Prediction):
+    """EDM's preconditioning (Karras et al. 2022, table 1 and eq. 7): x0 = c_skip y + c_out F(c_in y).
+
+    There y = x0 + s eps with s = sigma / alpha, c_skip = s_d^2 / (s^2 + s_d^2), c_out = s s_d / sqrt(s^2 + s_d^2)
+    and c_in = 1 / sqrt(s^2 + s_d^2), s_d the data's deviation. Solved for F = a x0 + b eps, with
+    n = sqrt(sigma^2 + s_d^2 alpha^2), the deviation of z: a = sigma / (s_d n), b = -s_d alpha / n, which is
+    finite at alpha = 0 as well and has determinant -n / s_d. The network's input is z / n.
+    """
+
+    def __init__(self, sigma_data: float = 1.0) -> None:
+        if sigma_data <= 0:
+            raise UserError(f"sigma_data={sigma_data}: expected a number above 0 (normalised latents have 1)")
+        self.sigma_data = sigma_data
+
+    def coefficients(self, level: Level) -> tuple[Tensor, Tensor]:
+        scale = self.input_scale(level)
+        return level.sigma * scale / self.sigma_data, -self.sigma_data * level.alpha * scale
+
+    def input_scale(self, level: Level) -> Tensor:
+        return (level.sigma**2 + (self.sigma_data * level.alpha) ** 2).rsqrt()

@@ -5,7 +5,7 @@ from torch import Tensor
 from ldm.diffusion.denoiser import Denoise
 from ldm.diffusion.schedule import Schedule
 from ldm.errors import UserError
-from ldm.sampling.sampler import Noise, OnStep, Sampler, batch_time, steps_of
+from ldm.sampling.sampler import Noise, OnStep, Sampler, add_noise, posterior_deviation, steps_of
 
 
 class DDIM(Sampler):
@@ -25,15 +25,9 @@ class DDIM(Sampler):
         noise: Noise,
         on_step: OnStep = lambda done: None,
     ) -> Tensor:
-        for done, (t, t_next) in enumerate(steps_of(times), start=1):
-            x0, eps = denoise(z, batch_time(t, z))
-            now, then = schedule(t), schedule(t_next)
-            # Eq. 16 for any (alpha, sigma): eta times the deviation of DDPM's posterior.
-            ratio = float(now.alpha * then.sigma / (now.sigma * then.alpha))
-            fresh = self.eta * float(then.sigma) * max(1.0 - ratio**2, 0.0) ** 0.5
-            kept = max(float(then.sigma) ** 2 - fresh**2, 0.0) ** 0.5
-            z = float(then.alpha) * x0 + kept * eps
-            if fresh:
-                z = z + fresh * noise(tuple(z.shape[1:])).to(z)
+        for done, (now, then) in enumerate(steps_of(times, schedule, z), start=1):
+            fresh = self.eta * posterior_deviation(now, then)
+            kept = max(then.sigma**2 - fresh**2, 0.0) ** 0.5
+            z = add_noise(denoise(z, now.t).mix(then.alpha, kept), fresh, noise)
             on_step(done)
         return z

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ldm.diffusion.denoiser import Denoise
 from ldm.diffusion.schedule import Schedule
-from ldm.sampling.sampler import Noise, OnStep, Sampler, batch_time, steps_of
+from ldm.sampling.sampler import Noise, OnStep, Sampler, steps_of
 
 
 class DPMPP2M(Sampler):
@@ -27,17 +27,16 @@ class DPMPP2M(Sampler):
     ) -> Tensor:
         previous: Tensor | None = None  # x0 one step ago
         h_previous = 0.0
-        for done, (t, t_next) in enumerate(steps_of(times), start=1):
-            x0 = denoise(z, batch_time(t, z)).x0
-            now, then = schedule(t), schedule(t_next)
-            if float(then.sigma) == 0.0:
-                z = float(then.alpha) * x0
+        for done, (now, then) in enumerate(steps_of(times, schedule, z), start=1):
+            x0 = denoise(z, now.t).x0
+            h = then.half_log_snr - now.half_log_snr
+            z = z * (then.sigma / now.sigma)
+            gain = -then.alpha * expm1(-h)
+            if previous is None or then.sigma == 0:
+                z.add_(x0, alpha=gain)
             else:
-                h = float(then.log_snr - now.log_snr) / 2  # the step in lambda = log(alpha / sigma)
-                estimate = x0
-                if previous is not None:
-                    estimate = x0 + (h / (2 * h_previous)) * (x0 - previous)
-                z = float(then.sigma / now.sigma) * z - float(then.alpha) * expm1(-h) * estimate
-                previous, h_previous = x0, h
+                r = h / (2 * h_previous)
+                z.add_(x0, alpha=gain * (1 + r)).add_(previous, alpha=-gain * r)
+            previous, h_previous = x0, h
             on_step(done)
         return z

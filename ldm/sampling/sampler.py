@@ -3,6 +3,8 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from itertools import pairwise
+from math import inf, log, sqrt
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -42,18 +44,52 @@ class Sampler(ABC):
         """
 
 
+class Point(NamedTuple):
+    """A time of the grid with its level as plain numbers, so that a step is arithmetic on few tensors."""
+
+    t: Tensor
+    """[B], float64, on the CPU: the time for every row of z."""
+    alpha: float
+    sigma: float
+
+    @property
+    def ratio(self) -> float:
+        """sigma / alpha, the deviation of the noise in z / alpha (k-diffusion's sigma); inf without signal."""
+        return self.sigma / self.alpha if self.alpha > 0 else inf
+
+    @property
+    def half_log_snr(self) -> float:
+        """lambda = log(alpha / sigma): inf at the data, -inf without signal."""
+        if self.sigma == 0:
+            return inf
+        return log(self.alpha / self.sigma) if self.alpha > 0 else -inf
+
+
+def steps_of(times: Tensor, schedule: Schedule, z: Tensor) -> list[tuple[Point, Point]]:
+    """The steps (from, to) of a grid, for z [B, ...]; all levels are computed here, at once."""
+    times = times.to(device="cpu", dtype=torch.float64)
+    level = schedule(times)
+    rows = times[:, None].expand(-1, len(z)).unbind()
+    return list(pairwise(map(Point, rows, level.alpha.tolist(), level.sigma.tolist())))
+
+
+def posterior_deviation(now: Point, then: Point) -> float:
+    """The deviation of z at `then`, given z at `now` and x0 (Ho et al. 2020, eq. 7; Song et al. 2020, eq. 16)."""
+    if then.sigma == 0:
+        return 0.0
+    kept = now.alpha * then.sigma / (now.sigma * then.alpha)
+    return then.sigma * sqrt(max(1.0 - kept**2, 0.0))
+
+
+def add_noise(z: Tensor, deviation: float, noise: Noise) -> Tensor:
+    """z [B, ...] with fresh noise of this deviation; nothing is drawn where that is 0."""
+    if deviation == 0:
+        return z
+    return z.add(noise(tuple(z.shape[1:])).to(z), alpha=deviation)
+
+
 def start(z: Tensor, times: Tensor, schedule: Schedule) -> Tensor:
     """Unit noise z [B, ...] scaled to the deviation that normalised data has at the grid's first time."""
     level = schedule(times[:1])
     scale = (level.alpha**2 + level.sigma**2).sqrt()
     return z * float(scale)
-
-
-def batch_time(t: Tensor, z: Tensor) -> Tensor:
-    """The time t (a scalar) for every row of z: [B], float64, on z's device."""
-    return torch.full((len(z),), float(t), dtype=torch.float64, device=z.device)
-
-
-def steps_of(times: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """The pairs (t, next t) of a grid."""
-    return list(pairwise(times.unbind()))

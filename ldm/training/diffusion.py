@@ -5,13 +5,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from ldm.data.batch import Batch
-from ldm.diffusion.loss import DenoisingLoss, DiffusionLoss
+from ldm.diffusion.loss import DenoisingLoss, DiffusionLoss, Draws
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.training.module import MakeLRSchedule, MakeOptimizer, TrainingModule
 
 
 class DiffusionModule(TrainingModule):
-    """Trains the denoiser, and the conditioner where it is not frozen (Rombach et al. 2022, eq. 3)."""
+    """Trains the denoiser, and conditioner and loss where they learn (Rombach et al. 2022, eq. 3)."""
 
     kind = "diffusion"
 
@@ -47,7 +47,9 @@ class DiffusionModule(TrainingModule):
         z0 = model.latents(batch.images, batch.keys)
         condition = model.conditioner(batch.fields, batch.keys if conditioning_dropout else None)
         inputs = condition.inputs() | model.seen(batch.images, batch.keys)
-        return self.loss(model.denoiser, z0, inputs, batch.keys)
+        draws = Draws(batch.keys, batch.positions, batch.global_batch)
+        result: DenoisingLoss = self.loss(model.denoiser, z0, inputs, draws)
+        return result
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         result = self.denoising_loss(batch, conditioning_dropout=True)

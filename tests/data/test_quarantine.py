@@ -12,7 +12,7 @@ from tests.data.make import shards
 
 def batch(samples: int, bad: list[tuple[int, str]]) -> Batch:
     ids = torch.zeros(samples, dtype=torch.int64)
-    return Batch(torch.zeros(samples, 3, 1, 1), {}, ids, ids, 0, ids, ids, bad)
+    return Batch(torch.zeros(samples, 3, 1, 1), {}, ids, ids, 0, ids, ids, ids, samples, bad)
 
 
 def test_few_bad_samples_are_counted_by_shard_and_reason(tmp_path: Path) -> None:

@@ -8,8 +8,8 @@ from torch import nn
 from ldm.config.build import build
 from ldm.config.compose import CONFIGS
 from ldm.diffusion.denoiser import Denoiser
-from ldm.diffusion.prediction import Epsilon, Flow, Prediction, V
-from ldm.diffusion.schedule import RectifiedFlow, ScaledLinear, Schedule
+from ldm.diffusion.prediction import EDM, Epsilon, Flow, Prediction, V
+from ldm.diffusion.schedule import RectifiedFlow, ScaledLinear, Schedule, VarianceExploding, ZeroTerminalSNR
 from ldm.errors import UserError
 
 PREDICTIONS = {path.stem: build(OmegaConf.load(path)) for path in sorted((CONFIGS / "prediction").glob("*.yaml"))}
@@ -41,7 +41,54 @@ def test_flow_on_the_straight_path_is_noise_minus_data() -> None:
     torch.testing.assert_close(Flow().target(x0, eps, level), eps - x0)
 
 
+def test_edm_is_karras_preconditioning() -> None:
+    """D = c_skip y + c_out F(c_in y), y = x0 + s eps, with the coefficients of table 1 (Karras et al. 2022)."""
+    s, sigma_data = torch.tensor([0.002, 0.3, 5.0, 80.0], dtype=torch.float64), 0.5
+    x0, eps = torch.randn(2, 4, dtype=torch.float64)
+    level, edm = VarianceExploding()(s), EDM(sigma_data)
+    c_skip = sigma_data**2 / (s**2 + sigma_data**2)
+    c_out = s * sigma_data / (s**2 + sigma_data**2).sqrt()
+    y = x0 + s * eps
+    out = edm.target(x0, eps, level)
+    torch.testing.assert_close(c_skip * y + c_out * out, x0)
+    torch.testing.assert_close(edm.input_scale(level), 1 / (s**2 + sigma_data**2).sqrt())
+    torch.testing.assert_close(edm.solve(y, out, level).x0, x0)
+
+
+def test_the_network_sees_edms_scaled_input() -> None:
+    seen = []
+    network = nn.Identity()
+    network.forward = lambda z, t: seen.append(z) or z  # type: ignore[method-assign,assignment,func-returns-value]
+    denoiser = Denoiser(network, VarianceExploding(), EDM(1.0))
+    z, t = torch.full((2, 1, 1, 1), 60.0), torch.tensor([30.0, 30.0], dtype=torch.float64)
+    denoiser(z, t, {})
+    denoiser(z, torch.tensor([30.0, 60.0], dtype=torch.float64), {})
+    denoiser.output(z, t, denoiser.schedule(t), {})
+    expected = [60 / 901**0.5, 60 / 901**0.5, 60 / 901**0.5, 60 / 3601**0.5, 60 / 901**0.5, 60 / 901**0.5]
+    assert torch.cat(seen).flatten().tolist() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS.values(), ids=PREDICTIONS)
+def test_one_time_for_all_rows_is_solved_as_many_times_are(prediction: Prediction) -> None:
+    """The remembered plain numbers give what the tensors give, and so does any combination of x0 and eps."""
+    network = nn.Identity()
+    network.forward = lambda z, t: (0.3 * z + t[:, None] / 1000).sin()  # type: ignore[method-assign,assignment]
+    denoiser = Denoiser(network, ScaledLinear(), prediction)
+    z = torch.randn(3, 5, dtype=torch.float64)
+    t = torch.tensor([500.0, 500.0, 500.25], dtype=torch.float64)
+    general, quick = denoiser(z, t, {}), denoiser(z[:2], t[:2], {})
+    torch.testing.assert_close(quick.x0, general.x0[:2])
+    torch.testing.assert_close(quick.eps, general.eps[:2])
+    torch.testing.assert_close(quick.mix(0.9, -0.4), 0.9 * quick.x0 - 0.4 * quick.eps)
+    torch.testing.assert_close(general.mix(0.9, -0.4), 0.9 * general.x0 - 0.4 * general.eps)
+    x0, eps = quick
+    assert torch.equal(x0, quick.x0) and torch.equal(eps, quick.eps)
+
+
 def test_epsilon_without_signal_is_refused_when_built() -> None:
     with pytest.raises(UserError, match="singular at t = 1"):
         Denoiser(nn.Identity(), RectifiedFlow(), Epsilon())
     Denoiser(nn.Identity(), RectifiedFlow(), V())
+    with pytest.raises(UserError, match="singular at t = 999"):
+        Denoiser(nn.Identity(), ZeroTerminalSNR(ScaledLinear()), Epsilon())
+    Denoiser(nn.Identity(), ZeroTerminalSNR(ScaledLinear()), EDM())

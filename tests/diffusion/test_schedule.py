@@ -7,7 +7,15 @@ from omegaconf import OmegaConf
 
 from ldm.config.build import build
 from ldm.config.compose import CONFIGS
-from ldm.diffusion.schedule import Discrete, Linear, ScaledLinear, Schedule
+from ldm.diffusion.schedule import (
+    Cosine,
+    Discrete,
+    Linear,
+    ScaledLinear,
+    Schedule,
+    VarianceExploding,
+    VariancePreserving,
+)
 from ldm.errors import UserError
 
 SCHEDULES = {path.stem: build(OmegaConf.load(path)) for path in sorted((CONFIGS / "schedule").glob("*.yaml"))}
@@ -22,8 +30,59 @@ def test_stable_diffusions_figures() -> None:
     assert float(ratio[1]) == pytest.approx(14.614641, abs=5e-7)
 
 
+def test_ldms_variants() -> None:
+    """REFERENCE figures: betas' ends, as CompVis' configurations have them."""
+    for name, end in (("sd", 0.012), ("ldm", 0.0195), ("ldm_churches", 0.0155)):
+        alphas = SCHEDULES[name].alphas_cumprod
+        first = 0.00085 if name == "sd" else 0.0015
+        assert 1 - alphas[0] == pytest.approx(first, rel=1e-12)
+        assert 1 - alphas[999] / alphas[998] == pytest.approx(end, rel=1e-12)
+        assert len(SCHEDULES[name]) == 1000
+
+
 def test_the_truly_linear_schedule_is_another() -> None:
     assert Linear(0.00085, 0.012).alphas_cumprod[999] == pytest.approx(0.001578963, abs=5e-10)
+    level = Linear(0.00085, 0.012)(torch.tensor([999.0]))
+    assert float(level.sigma / level.alpha) == pytest.approx(25.146, abs=5e-4)
+
+
+def test_cosine_is_nichol_and_dhariwals() -> None:
+    f = lambda t: np.cos((t / 1000 + 0.008) / 1.008 * np.pi / 2) ** 2  # noqa: E731
+    t = np.arange(900)  # where no beta has been cut off
+    np.testing.assert_allclose(Cosine().alphas_cumprod[:900], f(t + 1) / f(0), rtol=1e-9)
+    assert 1 - Cosine().alphas_cumprod[999] / Cosine().alphas_cumprod[998] == pytest.approx(0.999)
+
+
+@pytest.mark.parametrize("name", ["sd", "ldm", "ldm_churches", "linear", "cosine"])
+def test_zero_terminal_snr_keeps_the_first_level_and_ends_without_signal(name: str) -> None:
+    plain, rescaled = SCHEDULES[name], SCHEDULES[f"{name}_zero_terminal"]
+    assert rescaled.alphas_cumprod[0] == pytest.approx(plain.alphas_cumprod[0], rel=1e-12)
+    assert rescaled.alphas_cumprod[-1] == 0.0
+    level = rescaled(torch.tensor([0.0, 500.0, 999.0], dtype=torch.float64))
+    assert float(level.alpha[2]) == 0.0 and float(level.sigma[2]) == 1.0
+    torch.testing.assert_close(level.alpha.numpy() ** 2, rescaled.alphas_cumprod[[0, 500, 999]])
+    ends = np.sqrt(plain.alphas_cumprod[[0, 999]])
+    scaled = (np.sqrt(plain.alphas_cumprod[500]) - ends[1]) * ends[0] / (ends[0] - ends[1])
+    assert float(level.alpha[1]) == pytest.approx(scaled, rel=1e-12)
+
+
+def test_edms_levels_are_the_noise_itself() -> None:
+    schedule = VarianceExploding()
+    level = schedule(torch.tensor([0.002, 3.0, 80.0]))
+    assert level.alpha.tolist() == [1.0, 1.0, 1.0] and level.sigma.tolist() == pytest.approx([0.002, 3.0, 80.0])
+    assert schedule.network_time(torch.tensor([0.002, 0.4, 80.0])).tolist() == pytest.approx([0, 500, 1000], abs=0.01)
+    assert schedule.draw(torch.tensor([0.0, 0.5])).tolist() == pytest.approx([0.002, 0.4])
+    with pytest.raises(UserError, match="sigma_min=3"):
+        VarianceExploding(3.0, 2.0)
+
+
+def test_continuous_vp_is_the_integral_of_beta() -> None:
+    schedule = VariancePreserving(0.1, 20.0)
+    t = torch.tensor([0.001, 0.5, 1.0], dtype=torch.float64)
+    torch.testing.assert_close(schedule(t).alpha, torch.exp(-0.25 * t**2 * 19.9 - 0.5 * t * 0.1))
+    torch.testing.assert_close(schedule(t).sigma ** 2, 1 - schedule(t).alpha ** 2)
+    with pytest.raises(UserError, match="beta_min=0"):
+        VariancePreserving(0.0, 20.0)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)

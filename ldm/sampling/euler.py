@@ -1,0 +1,29 @@
+"""Euler's method on the probability-flow equation (Karras et al. 2022, algorithm 1 without its correction)."""
+
+from torch import Tensor
+
+from ldm.diffusion.denoiser import Denoise
+from ldm.diffusion.schedule import Schedule
+from ldm.sampling.sampler import Noise, OnStep, Sampler, steps_of
+
+
+class Euler(Sampler):
+    """First order in s = sigma / alpha, where y = z / alpha follows dy/ds = eps.
+
+    y' = y + (s' - s) eps = x0 + s' eps, so z' = alpha' x0 + sigma' eps: DDIM at eta 0 is the same method (Song
+    et al. 2020, eq. 14), and on the straight path so is Euler's method in t.
+    """
+
+    def __call__(
+        self,
+        denoise: Denoise,
+        z: Tensor,
+        times: Tensor,
+        schedule: Schedule,
+        noise: Noise,
+        on_step: OnStep = lambda done: None,
+    ) -> Tensor:
+        for done, (now, then) in enumerate(steps_of(times, schedule, z), start=1):
+            z = denoise(z, now.t).mix(then.alpha, then.sigma)
+            on_step(done)
+        return z

@@ -1,0 +1,32 @@
+"""Heun's method on the probability-flow equation (Karras et al. 2022, algorithm 1)."""
+
+from torch import Tensor
+
+from ldm.diffusion.denoiser import Denoise
+from ldm.diffusion.schedule import Schedule
+from ldm.sampling.sampler import Noise, OnStep, Sampler, steps_of
+
+
+class Heun(Sampler):
+    """Second order in s = sigma / alpha, where y = z / alpha follows dy/ds = eps; two network calls a step.
+
+    A step to the data, or from a level without signal (s is infinite there), is Euler's, with one call.
+    """
+
+    def __call__(
+        self,
+        denoise: Denoise,
+        z: Tensor,
+        times: Tensor,
+        schedule: Schedule,
+        noise: Noise,
+        on_step: OnStep = lambda done: None,
+    ) -> Tensor:
+        for done, (now, then) in enumerate(steps_of(times, schedule, z), start=1):
+            estimate = denoise(z, now.t)
+            z = estimate.mix(then.alpha, then.sigma)  # Euler
+            if then.sigma > 0 and now.alpha > 0:
+                change = denoise(z, then.t).eps - estimate.eps
+                z = z.add(change, alpha=then.alpha * (then.ratio - now.ratio) / 2)
+            on_step(done)
+        return z

@@ -1,0 +1,91 @@
+"""Our samplers against diffusers' schedulers: the network is asked the same 50 times, and the samples are the same.
+
+Where the two differ on purpose, so that no pair is here:
+- Fractional times: diffusers interpolates sigma / alpha between the integer times, Karras grids apart; here its
+  logarithm is, everywhere (as k-diffusion does it). On integer times, as here, and on Karras grids they agree.
+- `DPMSolverMultistep` and `UniPC` round the times of a Karras grid that they give to the network; ours are exact.
+- Their "leading" spacing divides by steps + 1 for a grid that ends elsewhere; ours is SD's. So these are compared on
+  trailing times.
+- Below 15 steps `DPMSolverMultistep` ends with a step of first order even where it does not end at the data.
+"""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+pytest.importorskip("diffusers")
+
+from benchmarks.peers import MORE_PEERS, PEERS, STEPS, Peer, scheduler_run
+from ldm.config.compose import CONFIGS
+from ldm.diffusion.denoiser import Denoiser
+from ldm.diffusion.prediction import Epsilon, V
+from ldm.diffusion.schedule import ScaledLinear
+
+from .names import relative
+
+SCHEDULE = ScaledLinear()
+ALL = PEERS | MORE_PEERS
+
+
+class Network(nn.Module):
+    """A noise estimate that depends on z and t in every number, and leads to bounded samples; notes its inputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inputs: list[Tensor] = []
+        self.times: list[float] = []
+
+    def forward(self, z: Tensor, t: Tensor) -> Tensor:
+        self.inputs.append(z.clone())
+        self.times.append(float(t.flatten()[0]))
+        t = t.flatten()[:1]
+        level = SCHEDULE(t).like(z)
+        return level.sigma / (0.25 * level.alpha**2 + level.sigma**2) * z + 0.1 * torch.sin(3 * z + t / 100)
+
+
+def ours(entry: Peer, z: Tensor) -> tuple[Network, Tensor]:
+    network, generator = Network(), torch.Generator().manual_seed(1)
+    denoiser = Denoiser(network, SCHEDULE, Epsilon())
+
+    def noise(shape: tuple[int, ...]) -> Tensor:
+        return torch.randn((len(z), *shape), generator=generator)
+
+    end = entry.sampler(lambda z, t: denoiser(z, t, {}), z, entry.times, SCHEDULE, noise)
+    return network, end
+
+
+def theirs(entry: Peer, z: Tensor) -> tuple[Network, Tensor]:
+    network, scheduler = Network(), entry.scheduler()
+    scheduler.set_timesteps(STEPS)
+    return network, scheduler_run(entry, scheduler, network, z, torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_the_trajectory_is_that_of_diffusers(name: str) -> None:
+    z = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    (one, end), (other, expected) = ours(ALL[name], z), theirs(ALL[name], z)
+    # Between the integers diffusers finds times from sigmas in float32.
+    assert one.times == pytest.approx(other.times, abs=5e-3)
+    errors = [relative(a, b) for a, b in zip([*one.inputs, end], [*other.inputs, expected], strict=True)]
+    assert max(errors) < 1e-5, errors
+
+
+def test_v_prediction_gives_the_same_trajectory() -> None:
+    """The same network taken for v, on SD 2's terms."""
+    import diffusers
+
+    from benchmarks.peers import SD_DDIM
+
+    entry, z = PEERS["ddim"], torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    network = Network()
+    denoiser = Denoiser(network, SCHEDULE, V())
+    end = entry.sampler(lambda z, t: denoiser(z, t, {}), z, entry.times, SCHEDULE, lambda shape: z)
+    scheduler: Any = diffusers.DDIMScheduler(**SD_DDIM, prediction_type="v_prediction")
+    scheduler.set_timesteps(STEPS)
+    assert relative(end, scheduler_run(entry, scheduler, Network(), z, torch.Generator())) < 1e-5
+
+
+def test_every_shipped_sampler_has_a_peer() -> None:
+    assert {name.split(",")[0] for name in PEERS} == {path.stem for path in (CONFIGS / "sampler").glob("*.yaml")}
