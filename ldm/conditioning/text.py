@@ -3,7 +3,7 @@
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -159,6 +159,8 @@ class TextConditioner(Conditioner):
         super().train(mode)
         if self.frozen:
             self.encoder.train(False)
+            if self.projection is not None:
+                self.projection.train(False)
         return self
 
     def _cut(self, ids: list[int]) -> list[int]:
@@ -271,16 +273,17 @@ def clip_text_from_pretrained(name_or_path: str, subfolder: str = "", leave_out_
     if leave_out_layers:
         encoder.config.num_hidden_layers -= leave_out_layers
         encoder.encoder.layers = encoder.encoder.layers[: encoder.config.num_hidden_layers]
-    return cast(CLIPTextModel, encoder)
+    return encoder
 
 
 def clip_projection_from_pretrained(name_or_path: str, subfolder: str = "") -> nn.Linear:
     """The linear map of the pooled state in a text encoder's folder (or of a hub name); UserError without one."""
     files = "config.json, model.safetensors with a text_projection"
     try:
-        encoder, told = CLIPTextModelWithProjection.from_pretrained(
+        loaded: Any = CLIPTextModelWithProjection.from_pretrained(
             name_or_path, subfolder=subfolder, output_loading_info=True
         )
+        encoder, told = loaded
     except (OSError, ValueError) as error:
         raise _not_loaded("text encoder", name_or_path, subfolder, files) from error
     if any("text_projection" in name for name in told["missing_keys"]):

@@ -117,7 +117,7 @@ class VQBottleneck(Bottleneck):
         book = self.codebook.weight.to(torch.float32)
         pixels = z.to(torch.float32).movedim(1, -1)  # [B, h, w, C]
         lengths = book.square().sum(1)
-        near = [(lengths - 2.0 * part @ book.T).argmin(1) for part in pixels.flatten(0, 2).split(CHUNK_pixels)]
+        near = [(lengths - 2.0 * part @ book.T).argmin(1) for part in torch.split(pixels.flatten(0, 2), CHUNK_pixels)]
         return torch.cat(near).view(pixels.shape[:3])
 
     def quantise(self, z: Tensor) -> Tensor:
@@ -141,5 +141,5 @@ class VQBottleneck(Bottleneck):
         commitment = (z - entries.detach()).square().flatten(1).mean(1)
         codebook = (entries - z.detach()).square().flatten(1).mean(1)
         loss = self.commitment_weight * commitment + self.codebook_weight * codebook
-        used = torch.tensor(float(near.unique().numel()), device=z.device)
+        used = torch.tensor(float(len(torch.unique(near))), device=z.device)
         return Bottlenecked(z + (entries - z).detach(), loss, {"codebook_used": used})

@@ -23,7 +23,6 @@ from ldm.networks.blocks import (
     zero_,
 )
 
-
 PixelTransformer = SpatialTransformer | PixelAttention
 
 
