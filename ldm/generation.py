@@ -76,7 +76,6 @@ class Generator:
         self.denoiser = model.denoiser
         self.conditioner = model.conditioner
         self.first_stage = model.first_stage
-        self.masked_image = model.masked_image
 
     @property
     def device(self) -> torch.device:
@@ -103,10 +102,7 @@ class Generator:
         masks = _stacked([request.mask for request in requests], (1, *size), "a mask", self.device)
         if masks is not None and images is None:
             raise UserError("a mask says what of a picture is painted anew: give the picture too (init_image)")
-        fields, inputs, negative = self._conditions(requests)
-        if self.masked_image is not None:
-            seen = self._masked_image(images, masks, (len(requests), 3, *size))
-            inputs, negative = inputs | {"concat": seen}, negative | {"concat": seen}
+        fields, inputs, negative = self._conditions(requests, self._shown(images, masks, (len(requests), 3, *size)))
 
         denoise = settings.guidance(self.denoiser, inputs, negative, fields)
         times = settings.times(schedule)
@@ -117,7 +113,7 @@ class Generator:
             known = self.first_stage.encode(images)
             begun = noised(known, eps, times[0], schedule)
             z = z if settings.strength == 1.0 else begun
-            if masks is not None and self.masked_image is None:
+            if masks is not None and not self.conditioner.sees_mask:
                 mask = latent_mask(masks, self.first_stage.factor)
                 z, denoise = begun.lerp(z, mask), keeping(denoise, known, mask, schedule)
         z = settings.sampler(denoise, z, times, schedule, noise, on_step)
@@ -171,19 +167,22 @@ class Generator:
             yield from images
 
     def _conditions(
-        self, requests: Sequence[Request]
+        self, requests: Sequence[Request], shown: Mapping[str, Tensor]
     ) -> tuple[dict[str, list[str]], dict[str, Tensor], dict[str, Tensor]]:
+        """The texts, what the network gets of them, and of the negative ones; both see the same pictures."""
         names = requests[0].fields.keys()
         given = {name: [request.fields[name] for request in requests] for name in names}
         away = {name: [request.negative.get(name, "") for request in requests] for name in names}
-        return given, self.conditioner(given, None).inputs(), self.conditioner(away, None).inputs()
+        return given, self.conditioner(given | shown, None).inputs(), self.conditioner(away | shown, None).inputs()
 
-    def _masked_image(self, images: Tensor | None, masks: Tensor | None, shape: tuple[int, ...]) -> Tensor:
-        """What an inpainting network sees; without a picture, or without a mask, all of it is to be painted."""
-        assert self.masked_image is not None
-        if images is None or masks is None:
-            images, masks = torch.zeros(shape, device=self.device), torch.ones(shape, device=self.device)[:, :1]
-        return self.masked_image(images, masks, self.first_stage.encode)
+    def _shown(self, images: Tensor | None, masks: Tensor | None, shape: tuple[int, ...]) -> dict[str, Tensor]:
+        """The pictures a conditioner may ask for; for an inpainting model all is to be painted where none is given."""
+        if self.conditioner.sees_mask and (images is None or masks is None):
+            return {
+                "image": torch.zeros(shape, device=self.device),
+                "mask": torch.ones(shape, device=self.device)[:, :1],
+            }
+        return {name: tensor for name, tensor in (("image", images), ("mask", masks)) if tensor is not None}
 
 
 class _Steps:

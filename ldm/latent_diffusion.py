@@ -3,45 +3,34 @@
 import torch
 from torch import Tensor, nn
 
-from ldm.conditioning.masked_image import MaskedImage
 from ldm.conditioning.text import Conditioner
 from ldm.diffusion.denoiser import Denoiser
+from ldm.errors import UserError
 from ldm.first_stage.autoencoder import FirstStage
+from ldm.networks.unet import UNet
 from ldm.randomness import fold, normal
 
 
 class LatentDiffusion(nn.Module):
     """Latent diffusion (Rombach et al. 2022): what a second-stage checkpoint holds. The first stage is frozen.
 
-    With `masked_image` the network sees a masked picture beside the noisy latent, and paints the masked part.
+    Raises UserError where the network does not have the latents' channels.
+
     """
 
-    def __init__(
-        self,
-        denoiser: Denoiser,
-        conditioner: Conditioner,
-        first_stage: FirstStage,
-        masked_image: MaskedImage | None = None,
-    ) -> None:
+    def __init__(self, denoiser: Denoiser, conditioner: Conditioner, first_stage: FirstStage) -> None:
         super().__init__()
+        _check_channels(denoiser.network, conditioner, first_stage.latent_channels)
+        conditioner.bind(first_stage.encode)
         self.denoiser = denoiser
         self.conditioner = conditioner
         self.first_stage = first_stage.eval().requires_grad_(False)
-        self.masked_image = masked_image
 
     def train(self, mode: bool = True) -> "LatentDiffusion":
         """Training mode for all but the first stage, which stays frozen in eval mode."""
         super().train(mode)
         self.first_stage.eval()
         return self
-
-    @torch.no_grad()
-    def seen(self, images: Tensor, keys: Tensor) -> dict[str, Tensor]:
-        """What an inpainting model is shown of images [B, 3, H, W] in training; nothing where it is none."""
-        if self.masked_image is None:
-            return {}
-        masks = self.masked_image.draw(keys, (images.shape[2], images.shape[3]))
-        return {"concat": self.masked_image(images, masks, self.first_stage.encode)}
 
     @torch.no_grad()
     def latents(self, images: Tensor, keys: Tensor) -> Tensor:
@@ -52,3 +41,16 @@ class LatentDiffusion(nn.Module):
         factor = self.first_stage.factor
         shape = (self.first_stage.latent_channels, images.shape[2] // factor, images.shape[3] // factor)
         return self.first_stage.encode(images, normal(fold(keys, "posterior"), shape))
+
+
+def _check_channels(network: nn.Module, conditioner: Conditioner, latent_channels: int) -> None:
+    if not isinstance(network, UNet):
+        return
+    beside = conditioner.concat_channels(latent_channels)
+    wanted = latent_channels + beside, latent_channels
+    if (network.in_channels, network.out_channels) != wanted:
+        raise UserError(
+            f"the first stage has latents of {latent_channels} channels and the conditioner puts {beside} beside them; "
+            f"the network has in_channels={network.in_channels}, out_channels={network.out_channels}. Give "
+            f"network.in_channels={wanted[0]} network.out_channels={wanted[1]}, or another first stage"
+        )

@@ -1,13 +1,14 @@
-"""Several conditioners as one, joined along the features."""
+"""Several conditioners as one, joined along the features; and none at all."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import reduce
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from ldm.conditioning.condition import Condition
-from ldm.conditioning.text import Conditioner, Fields
+from ldm.conditioning.text import Conditioner, Encode, Fields
 from ldm.errors import UserError
 
 
@@ -25,6 +26,21 @@ class Compose(Conditioner):
             raise UserError("conditioners is empty: give at least one")
         self.conditioners = nn.ModuleList(conditioners)
 
+    @property
+    def sees_mask(self) -> bool:  # type: ignore[override]
+        """Whether one of the parts does."""
+        return any(part.sees_mask for part in cast(Iterable[Conditioner], self.conditioners))
+
+    def bind(self, encode: Encode) -> None:
+        """Hands the first stage's `encode` to the parts."""
+        for conditioner in self.conditioners:
+            conditioner.bind(encode)  # type: ignore[operator]
+
+    def concat_channels(self, latent_channels: int) -> int:
+        """The parts' channels together."""
+        parts = cast(Iterable[Conditioner], self.conditioners)
+        return sum(part.concat_channels(latent_channels) for part in parts)
+
     def forward(self, fields: Fields, keys: Tensor | None = None) -> Condition:
         """The joined condition, see Conditioner.forward."""
         return _join([conditioner(fields, keys) for conditioner in self.conditioners])
@@ -32,6 +48,18 @@ class Compose(Conditioner):
     def empty(self, n: int) -> Condition:
         """The parts' empty conditions, joined."""
         return _join([conditioner.empty(n) for conditioner in self.conditioners])  # type: ignore[operator]
+
+
+class Unconditional(Conditioner):
+    """A condition without any field, for networks that take none."""
+
+    def forward(self, fields: Fields, keys: Tensor | None = None) -> Condition:
+        """Nothing, whatever the fields."""
+        return Condition()
+
+    def empty(self, n: int) -> Condition:
+        """Nothing."""
+        return Condition()
 
 
 def _join(parts: Sequence[Condition]) -> Condition:

@@ -2,12 +2,12 @@
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from typing import cast
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from ldm.conditioning.condition import Condition
 from ldm.errors import UserError, nearest
@@ -15,15 +15,28 @@ from ldm.randomness import fold, uniform
 
 log = logging.getLogger(__name__)
 
-Fields = Mapping[str, Sequence[str]]
+Fields = Mapping[str, Sequence[str] | Tensor]
+"""What a batch says of its samples, by name, B entries each: texts, or numbers and pictures as tensors [B, ...]."""
+Encode = Callable[[Tensor], Tensor]
+"""A first stage's normalised latents [B, C, h, w] of images [B, 3, H, W] in [-1, 1]."""
 
 
 class Conditioner(nn.Module, ABC):
-    """What turns the texts of a batch into a Condition."""
+    """What turns the fields of a batch into a Condition."""
+
+    sees_mask = False
+    """Whether it shows the network a picture's `mask` and what is beside it."""
+
+    def bind(self, encode: Encode) -> None:
+        """Is given the first stage's `encode`; one that shows pictures as latents keeps it."""
+
+    def concat_channels(self, latent_channels: int) -> int:
+        """How many channels its `concat` has beside latents of so many channels; 0 where it makes none."""
+        return 0
 
     @abstractmethod
     def forward(self, fields: Fields, keys: Tensor | None = None) -> Condition:
-        """The condition of B samples from `fields` (name -> B strings).
+        """The condition of B samples from `fields` (name -> B strings, or a tensor [B, ...]).
 
         `keys` [B] int64 are the randomness keys of this visit of the samples; with them the conditioner
         drops what its options say (training). Without them nothing is drawn (sampling, evaluation).
@@ -53,6 +66,8 @@ class TextConditioner(Conditioner):
     layer        which layer's states: -1 the last, -2 the one before (SD 2, SDXL), ...
     final_norm   apply the encoder's final layer norm to them (SD 1 and 2; SDXL does without)
     pooled       also give `vector` [B, D]: the last layer's normed state at the end token
+    projection   a linear map of `vector` to [B, P], as SDXL has it; None: as it is
+    empty_as_zero   an empty caption's states and vector are zeros (SDXL), not the encoding of ""
     mask         also give `mask`; off, padding is attended as in Stable Diffusion
     frozen       the encoder stays in eval mode, without gradients
     max_length   tokens per caption with start and end; longer ones are cut, the end token kept
@@ -73,9 +88,13 @@ class TextConditioner(Conditioner):
         mask: bool = False,
         frozen: bool = True,
         max_length: int = 77,
+        projection: nn.Linear | None = None,
+        empty_as_zero: bool = False,
     ) -> None:
         super().__init__()
         _check(encoder.config, tokenizer, dropout, layer, max_length)
+        if projection is not None and not pooled:
+            raise UserError("projection is a map of the pooled state: give pooled=true as well")
         self.encoder = encoder
         self.tokenizer = tokenizer
         self.field = field
@@ -86,24 +105,26 @@ class TextConditioner(Conditioner):
         self.mask = mask
         self.frozen = frozen
         self.max_length = max_length
+        self.projection = projection
+        self.empty_as_zero = empty_as_zero
         self.truncated = 0
         if frozen:
-            encoder.requires_grad_(False)
+            self.requires_grad_(False)
         self.train(self.training)
 
     def forward(self, fields: Fields, keys: Tensor | None = None) -> Condition:
         """The captions' condition, see Conditioner.forward; UserError where the field is missing."""
         if self.field not in fields:
             raise UserError(f"the batch has no field {self.field!r} to condition on ({nearest(self.field, fields)})")
-        captions = list(fields[self.field])
+        captions = [str(caption) for caption in fields[self.field]]
         if keys is not None and self.dropout > 0:
             drop = dropped(keys, self.field, self.dropout).tolist()
             captions = ["" if d else caption for d, caption in zip(drop, captions, strict=True)]
-        return self.encode(self.tokens(captions))
+        return self._encode(captions)
 
     def empty(self, n: int) -> Condition:
-        """The encoding of "" for n samples."""
-        one = self.encode(self.tokens([""]))
+        """The condition of "" for n samples."""
+        one = self._encode([""])
         return one.select(torch.zeros(n, dtype=torch.int64))
 
     def tokens(self, captions: Sequence[str]) -> Tensor:
@@ -124,14 +145,25 @@ class TextConditioner(Conditioner):
             states = self.encoder.final_layer_norm(states) if self.final_norm else states
             end = (ids == self.tokenizer.eos_token_id).int().argmax(dim=1)  # [B], the first end token
             vector = output.last_hidden_state[torch.arange(len(ids)), end] if self.pooled else None
+            vector = self.projection(vector) if self.projection is not None else vector
         mask = torch.arange(ids.shape[1], device=ids.device) <= end[:, None] if self.mask else None
         return Condition(tokens=states, mask=mask, vector=vector)
+
+    def _encode(self, captions: Sequence[str]) -> Condition:
+        condition = self.encode(self.tokens(captions))
+        if not self.empty_as_zero:
+            return condition
+        empty = torch.tensor([caption == "" for caption in captions], dtype=torch.bool)
+        zero = Condition(**{name: torch.zeros_like(value) for name, value in condition.inputs().items()})
+        return condition.where(empty, zero)
 
     def train(self, mode: bool = True) -> "TextConditioner":
         """Set the mode; a frozen encoder stays in eval mode."""
         super().train(mode)
         if self.frozen:
             self.encoder.train(False)
+            if self.projection is not None:
+                self.projection.train(False)
         return self
 
     def _cut(self, ids: list[int]) -> list[int]:
@@ -225,16 +257,46 @@ def clip_text_for(
     return encoder
 
 
-def clip_text_from_pretrained(name_or_path: str, subfolder: str = "") -> CLIPTextModel:
+def clip_text_from_pretrained(name_or_path: str, subfolder: str = "", leave_out_layers: int = 0) -> CLIPTextModel:
     """The text encoder in a folder (or of a hub name); `subfolder` is "text_encoder" in a diffusers folder.
 
-    Raises UserError where it cannot be had.
+    The last `leave_out_layers` layers are left out: SD 2 uses 23 of OpenCLIP ViT-H's 24. Raises UserError where
+    it cannot be had, or has no more layers than that.
     """
     files = "config.json, model.safetensors"
     try:
-        return CLIPTextModel.from_pretrained(name_or_path, subfolder=subfolder)
+        encoder = CLIPTextModel.from_pretrained(name_or_path, subfolder=subfolder)
     except (OSError, ValueError) as error:
         raise _not_loaded("text encoder", name_or_path, subfolder, files) from error
+    if not 0 <= leave_out_layers < encoder.config.num_hidden_layers:
+        raise UserError(
+            f"leave_out_layers={leave_out_layers}: the text encoder at {name_or_path!r} has "
+            f"{encoder.config.num_hidden_layers} layers, and one has to stay"
+        )
+    if leave_out_layers:
+        encoder.config.num_hidden_layers -= leave_out_layers
+        encoder.encoder.layers = encoder.encoder.layers[: encoder.config.num_hidden_layers]
+    return encoder
+
+
+def clip_projection_from_pretrained(name_or_path: str, subfolder: str = "") -> nn.Linear:
+    """The linear map of the pooled state in a text encoder's folder (or of a hub name); UserError without one."""
+    files = "config.json, model.safetensors with a text_projection"
+    try:
+        loaded: Any = CLIPTextModelWithProjection.from_pretrained(
+            name_or_path, subfolder=subfolder, output_loading_info=True
+        )
+        encoder, told = loaded
+    except (OSError, ValueError) as error:
+        raise _not_loaded("text encoder", name_or_path, subfolder, files) from error
+    if any("text_projection" in name for name in told["missing_keys"]):
+        raise _not_loaded("text encoder with a projection", name_or_path, subfolder, files)
+    return cast(nn.Linear, encoder.text_projection)
+
+
+def clip_projection(hidden_size: int, projection_dim: int) -> nn.Linear:
+    """A linear map of the pooled state [B, hidden_size] to [B, projection_dim] with random weights, as CLIP has it."""
+    return nn.Linear(hidden_size, projection_dim, bias=False)
 
 
 def tokenizer_from_pretrained(name_or_path: str, subfolder: str = "") -> CLIPTokenizer:

@@ -18,6 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 from ldm.checkpoint import RECORD as CHECKPOINT
 from ldm.config.check import build, check
 from ldm.config.compose import CONFIGS, names, parse
+from ldm.config.sources import inherit_first_stage, load_strictly, load_weights
 from ldm.config.versions import versions, write_versions
 from ldm.config.watch import strategy, watch
 from ldm.data.fetch import View
@@ -31,7 +32,6 @@ from ldm.training.checkpoint_io import FolderCheckpointIO
 from ldm.training.checkpointing import Checkpoints
 from ldm.training.curriculum import Job, Stage
 from ldm.training.ema import EMA
-from ldm.training.frozen import note_origin
 from ldm.training.module import TrainingModule
 
 log = logging.getLogger(__name__)
@@ -133,11 +133,11 @@ def _builder(config: DictConfig, folder: Path, order: int) -> Callable[[dict[str
 def build_job(config: DictConfig, folder: Path, order: int, models: dict[str, Path]) -> Job:
     """A stage's objects; `models` are the finished stages' model folders by name."""
     pl.seed_everything(config.seed, workers=True, verbose=False)
-    inherit = _inherit_first_stage(config, models)
+    inherited = inherit_first_stage(config, models)
     datamodule = build(config.data)
     datamodule.prepare_data()
     module = cast(TrainingModule, build(config.tasks[config.task]))
-    _load_weights(config, module, models, inherit)
+    load_weights(config, module, models, inherited)
     module.to(memory_format=torch.channels_last)  # what convolutions are fastest in, on CPUs and GPUs alike
     if config.compile:
         module.compile_networks()
@@ -162,56 +162,6 @@ def build_job(config: DictConfig, folder: Path, order: int, models: dict[str, Pa
     record = {"experiment": config.name, "order": order, "inherited": {k: str(v) for k, v in models.items()}}
     record["versions"] = versions()
     return Job(module, datamodule, trainer, checkpoints, ema, text, tokenizer, record)
-
-
-def _find(given: str, models: dict[str, Path], knob: str, kind: str) -> ModelFolder:
-    """The model folder meant by a knob: a stage's name, or a path."""
-    if given in models:
-        return find_model_folder(models[given], kind)
-    if not Path(given).exists():
-        raise UserError(
-            f"{knob}={given}: that stage is not finished in this run, and no such path exists; "
-            f"run it first (add it to stages), or give the path of a finished one ({knob}=outputs/NAME/TIME/STAGE)"
-        )
-    return find_model_folder(Path(given), kind)
-
-
-def _inherit_first_stage(config: DictConfig, models: dict[str, Path]) -> ModelFolder | None:
-    """Takes the first stage's architecture from the model that it will be loaded from."""
-    if config.first_stage_from is None or config.task == "first_stage":
-        return None
-    source = _find(config.first_stage_from, models, "first_stage_from", "first_stage")
-    config.first_stage = OmegaConf.create(source.config_text).first_stage
-    config.tasks.diffusion.latent_diffusion.first_stage = config.first_stage
-    return source
-
-
-def _load_weights(
-    config: DictConfig, module: TrainingModule, models: dict[str, Path], first_stage: ModelFolder | None
-) -> None:
-    if first_stage is not None:
-        target = cast(LatentDiffusion, module.model()).first_stage
-        load_strictly(target, first_stage.weights("ema"), str(first_stage.path))
-    if config.init_from is not None:
-        source = _find(config.init_from, models, "init_from", module.kind)
-        load_strictly(module.model(), source.weights("ema"), str(source.path))
-
-
-def load_strictly(module: torch.nn.Module, state: dict[str, torch.Tensor], origin: str) -> None:
-    """Loads a state; UserError that lists what is missing, unexpected or of another shape, and nothing is loaded."""
-    own = module.state_dict()
-    wrong = [f"missing {name}" for name in own if name not in state]
-    wrong += [f"unexpected {name}" for name in state if name not in own]
-    wrong += [
-        f"{name}: {list(state[name].shape)} in the file, {list(own[name].shape)} in the model"
-        for name in own
-        if name in state and own[name].shape != state[name].shape
-    ]
-    if wrong:
-        more = f" and {len(wrong) - 8} more" if len(wrong) > 8 else ""
-        raise UserError(f"the weights in {origin} don't fit the model: {'; '.join(wrong[:8])}{more}")
-    module.load_state_dict(state)
-    note_origin(module, origin)
 
 
 # ----------------------------------------------------------------------------------------- trained models

@@ -51,6 +51,11 @@ class FirstStage(nn.Module):
                 f"the encoder divides the size by {encoder.factor}, the decoder multiplies by "
                 f"{decoder.factor}; give both the same number of channel_mult entries"
             )
+        if bottleneck.channels not in (None, latent_channels):
+            raise UserError(
+                f"the bottleneck has channels={bottleneck.channels}, the first stage latent_channels="
+                f"{latent_channels}; give both the same"
+            )
         if not quant_conv and (encoder.out_channels, decoder.in_channels) != (features, latent_channels):
             raise UserError(
                 f"without quant_conv the encoder needs out_channels={features} (it has "

@@ -6,6 +6,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ldm.errors import UserError
+
+CHUNK_pixels = 4096  # of which distances to a codebook are computed at once
+
 
 class Bottlenecked(NamedTuple):
     """What comes out of a bottleneck in training."""
@@ -19,6 +23,8 @@ class Bottleneck(nn.Module, ABC):
     """Turns the encoder's features [B, in_factor * C, h, w] into latents [B, C, h, w]."""
 
     in_factor: int = 1
+    channels: int | None = None
+    """C, where the bottleneck is made for one."""
 
     @abstractmethod
     def latents(self, h: Tensor, noise: Tensor | None = None) -> Tensor:
@@ -32,7 +38,7 @@ class Bottleneck(nn.Module, ABC):
         """Sets what the convolution before the bottleneck starts from; as it is, where nothing is to set."""
 
     def finish(self, z: Tensor) -> Tensor:
-        """What the decoder gets of latents [B, C, h, w]; a codebook would quantise here."""
+        """What the decoder gets of latents [B, C, h, w]; a codebook quantises here."""
         return z
 
 
@@ -79,3 +85,61 @@ class KLBottleneck(Bottleneck):
         kl = 0.5 * (mean.square() + log_var.exp() - 1.0 - log_var).flatten(1).sum(1)
         logs = {"kl": kl.detach().mean(), "posterior_std": torch.exp(0.5 * log_var.detach()).mean()}
         return Bottlenecked(self.latents(h, noise), kl, logs)
+
+
+class VQBottleneck(Bottleneck):
+    """A codebook: each pixel's features are replaced by the nearest of `entries` vectors of `channels` numbers.
+
+    The second stage models the features before that (as LDM does), and `finish` quantises what it makes. In
+    training the gradient passes the replacement as if it were not there. The loss per image is the mean squared
+    distance of features and entries, `commitment_weight` times towards the features' side (they move to the
+    entries), `codebook_weight` times towards the entries' (they move to the features). Source: van den Oord et
+    al. 2017, eq. 3, has 0.25 and 1; LDM's models were trained with 1 and 0.25 (`legacy` in its quantiser).
+    Entries begin uniform in [-1 / entries, 1 / entries].
+    """
+
+    def __init__(
+        self, entries: int, channels: int, commitment_weight: float = 1.0, codebook_weight: float = 0.25
+    ) -> None:
+        super().__init__()
+        if entries < 1 or channels < 1:
+            raise UserError(f"entries={entries}, channels={channels}: a codebook needs 1 or more of both")
+        self.entries = entries
+        self.channels = channels
+        self.commitment_weight = commitment_weight
+        self.codebook_weight = codebook_weight
+        self.codebook = nn.Embedding(entries, channels)
+        nn.init.uniform_(self.codebook.weight, -1.0 / entries, 1.0 / entries)
+
+    @torch.no_grad()
+    def indices(self, z: Tensor) -> Tensor:
+        """The nearest entry [B, h, w] int64 of each pixel of z [B, C, h, w]."""
+        book = self.codebook.weight.to(torch.float32)
+        pixels = z.to(torch.float32).movedim(1, -1)  # [B, h, w, C]
+        lengths = book.square().sum(1)
+        near = [(lengths - 2.0 * part @ book.T).argmin(1) for part in torch.split(pixels.flatten(0, 2), CHUNK_pixels)]
+        return torch.cat(near).view(pixels.shape[:3])
+
+    def quantise(self, z: Tensor) -> Tensor:
+        """The nearest entries of z [B, C, h, w], shaped like it, float32; gradients go to the entries."""
+        quantised: Tensor = self.codebook(self.indices(z)).to(torch.float32).movedim(-1, 1)
+        return quantised
+
+    def latents(self, h: Tensor, noise: Tensor | None = None) -> Tensor:
+        """The features as they are; nothing is drawn."""
+        return h.to(torch.float32)
+
+    def finish(self, z: Tensor) -> Tensor:
+        """The nearest entries of latents [B, C, h, w]."""
+        return self.quantise(z)
+
+    def forward(self, h: Tensor, noise: Tensor | None = None) -> Bottlenecked:
+        """The entries, with the features' gradient; the codebook loss per image [B]; how many entries are in use."""
+        z = h.to(torch.float32)
+        near = self.indices(z)
+        entries = self.codebook(near).to(torch.float32).movedim(-1, 1)
+        commitment = (z - entries.detach()).square().flatten(1).mean(1)
+        codebook = (entries - z.detach()).square().flatten(1).mean(1)
+        loss = self.commitment_weight * commitment + self.codebook_weight * codebook
+        used = torch.tensor(float(len(torch.unique(near))), device=z.device)
+        return Bottlenecked(z + (entries - z).detach(), loss, {"codebook_used": used})

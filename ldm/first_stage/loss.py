@@ -33,9 +33,10 @@ class L2:
 class FirstStageLoss(nn.Module):
     """Reconstruction, bottleneck and adversarial losses of an autoencoder, in turn with its discriminator.
 
-    Sums over the values of an image, divided by the batch, as in LDM: a perceptual distance d counts as
-    d on every value. The adversarial term is scaled to the reconstruction's gradient at the decoder's
-    last layer (`adaptive_weight`).
+    Sums over the values of an image, divided by the batch, as LDM has it for KL: a perceptual distance d
+    counts as d on every value; with `sum_values` off means over the values, as it has it for VQ. The
+    adversarial term is scaled to the reconstruction's gradient at the decoder's last layer
+    (`adaptive_weight`).
 
     Args:
         perceptual: the perceptual distance, None for none.
@@ -45,8 +46,11 @@ class FirstStageLoss(nn.Module):
         discriminator_start_steps: the first step of autoencoder and discriminator with an adversarial loss.
         discriminator_weight: factor on the adaptive weight.
         pixel: the loss per value, L1() or L2().
+        sum_values: whether the reconstruction loss of an image is a sum over its values, or a mean. The
+            bottleneck's loss is weighed against it.
 
-    Source: Esser et al. 2021 (VQGAN), eq. 6 and 7; LDM's `LPIPSWithDiscriminator`, hinge losses.
+    Source: Esser et al. 2021 (VQGAN), eq. 6 and 7; LDM's `LPIPSWithDiscriminator` (sums) and
+    `VQLPIPSWithDiscriminator` (means), hinge losses.
     """
 
     def __init__(
@@ -58,6 +62,7 @@ class FirstStageLoss(nn.Module):
         discriminator_start_steps: int = 50001,
         discriminator_weight: float = 0.5,
         pixel: PixelLoss | None = None,
+        sum_values: bool = True,
     ) -> None:
         super().__init__()
         if discriminator_start_steps < 0:
@@ -69,6 +74,7 @@ class FirstStageLoss(nn.Module):
         self.discriminator_start_steps = discriminator_start_steps
         self.discriminator_weight = discriminator_weight
         self.pixel = pixel or L1()
+        self.sum_values = sum_values
 
     def adversarial_at(self, step: int) -> bool:
         """Whether autoencoder and discriminator play against each other at this (autoencoder) step."""
@@ -109,7 +115,7 @@ class FirstStageLoss(nn.Module):
         return loss, {f"discriminator_{name}": value for name, value in logs.items()}
 
     def _reconstruction(self, images: Tensor, reconstructions: Tensor) -> tuple[Tensor, Logs]:
-        """Pixel and perceptual losses summed over an image's values and averaged over the batch."""
+        """Pixel and perceptual losses summed (or averaged) over an image's values and averaged over the batch."""
         reconstructions = reconstructions.to(torch.float32)
         pixel = self.pixel(reconstructions, images.to(torch.float32)).mean()  # per value
         logs = {"pixel": pixel.detach()}
@@ -118,7 +124,7 @@ class FirstStageLoss(nn.Module):
             distance = self.perceptual(reconstructions, images).mean()
             logs["perceptual"] = distance.detach()
             per_value = per_value + self.perceptual_weight * distance
-        return per_value * images[0].numel(), logs
+        return per_value * images[0].numel() if self.sum_values else per_value, logs
 
 
 def adaptive_weight(nll: Tensor, adversarial: Tensor, last_layer: Tensor) -> Tensor:

@@ -122,23 +122,25 @@ class SpatialTransformer(nn.Module):
 
 
 class PixelAttention(nn.Module):
-    """Single-head self-attention over the pixels of a feature map, as the autoencoder has it."""
+    """Self-attention over the pixels of a feature map: the autoencoder's, with one head, and that of the
+    unconditional UNets, with several (`AttentionBlock` in LDM's code; Dhariwal and Nichol 2021)."""
 
-    def __init__(self, channels: int, groups: int = 32) -> None:
+    def __init__(self, channels: int, groups: int = 32, heads: int = 1, eps: float = 1e-6) -> None:
         super().__init__()
-        self.norm = group_norm(channels, groups, eps=1e-6)
+        self.heads = heads
+        self.norm = group_norm(channels, groups, eps)
         self.to_q = nn.Conv2d(channels, channels, 1)
         self.to_k = nn.Conv2d(channels, channels, 1)
         self.to_v = nn.Conv2d(channels, channels, 1)
         self.to_out = nn.Conv2d(channels, channels, 1)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, C, h, w] to [B, C, h, w]."""
+    def forward(self, x: Tensor, tokens: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        """[B, C, h, w] to [B, C, h, w]; there are no tokens to attend to."""
         h = self.norm(x)
         q, k, v = (
-            to(h).flatten(2).transpose(1, 2).unsqueeze(1)  # [B, 1, h w, C]
+            to(h).flatten(2).unflatten(1, (self.heads, -1)).transpose(2, 3)  # [B, heads, h w, C / heads]
             for to in (self.to_q, self.to_k, self.to_v)
         )
-        h = F.scaled_dot_product_attention(q, k, v).squeeze(1)
-        out: Tensor = x + self.to_out(h.transpose(1, 2).reshape(x.shape))
+        h = F.scaled_dot_product_attention(q, k, v)
+        out: Tensor = x + self.to_out(h.transpose(2, 3).reshape(x.shape))
         return out

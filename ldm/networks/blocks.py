@@ -1,7 +1,7 @@
 """The convolutional blocks that the UNet, the encoder and the decoder share."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import torch
@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from ldm.errors import UserError
 
 T = TypeVar("T", int, bool)
+Resize = Callable[[Tensor, tuple[int, int] | None], Tensor]
+"""Changes the resolution of [B, C, h, w], where it can to a given (height, width)."""
 
 
 def zero_(module: nn.Module) -> None:
@@ -54,7 +56,8 @@ class ResBlock(nn.Module):
 
     With `scale_shift` the embedding gives a scale and a shift for the second norm instead (AdaGN, Dhariwal
     and Nichol 2021). The embedding comes with its SiLU already applied, once for all blocks. The first
-    stage uses the block without an embedding (`emb_channels=None`).
+    stage uses the block without an embedding (`emb_channels=None`). `resize` changes the resolution of
+    both branches, before the first convolution.
     """
 
     def __init__(
@@ -66,9 +69,11 @@ class ResBlock(nn.Module):
         dropout: float = 0.0,
         groups: int = 32,
         eps: float = 1e-5,
+        resize: Resize | None = None,
     ) -> None:
         super().__init__()
         self.scale_shift = scale_shift
+        self.resize = resize
         self.norm_1 = group_norm(in_channels, groups, eps)
         self.conv_1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.emb: nn.Linear | None = None
@@ -80,9 +85,12 @@ class ResBlock(nn.Module):
         same = in_channels == out_channels
         self.skip = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
 
-    def forward(self, x: Tensor, emb: Tensor | None = None) -> Tensor:
-        """[B, C_in, h, w] to [B, C_out, h, w]."""
-        h = self.conv_1(F.silu(self.norm_1(x)))
+    def forward(self, x: Tensor, emb: Tensor | None = None, size: tuple[int, int] | None = None) -> Tensor:
+        """[B, C_in, h, w] to [B, C_out, h, w]; with `resize`, to its resolution (`size` where it takes one)."""
+        h = F.silu(self.norm_1(x))
+        if self.resize is not None:
+            h, x = self.resize(h, size), self.resize(x, size)
+        h = self.conv_1(h)
         if self.emb is None or emb is None:
             h = self.norm_2(h)
         elif self.scale_shift:
@@ -93,6 +101,16 @@ class ResBlock(nn.Module):
         h = self.conv_2(self.dropout(F.silu(h)))
         out: Tensor = self.skip(x) + h
         return out
+
+
+def halve(x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
+    """[B, C, h, w] to [B, C, ceil(h/2), ceil(w/2)]: the mean of each 2x2 pixels; `size` is not asked."""
+    return F.avg_pool2d(x, 2, ceil_mode=True)
+
+
+def double(x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
+    """[B, C, h, w] to [B, C, *size], by default twice as high and wide: nearest neighbours."""
+    return F.interpolate(x, size=size or (2 * x.shape[-2], 2 * x.shape[-1]), mode="nearest")
 
 
 class Downsample(nn.Module):
@@ -106,8 +124,8 @@ class Downsample(nn.Module):
         self.asymmetric = asymmetric
         self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=0 if asymmetric else 1)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, C, h, w] to [B, C, ceil(h/2), ceil(w/2)] (floor when asymmetric)."""
+    def forward(self, x: Tensor, emb: Tensor | None = None) -> Tensor:
+        """[B, C, h, w] to [B, C, ceil(h/2), ceil(w/2)] (floor when asymmetric); `emb` is not asked."""
         out: Tensor = self.conv(F.pad(x, (0, 1, 0, 1)) if self.asymmetric else x)
         return out
 
@@ -119,8 +137,7 @@ class Upsample(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
-    def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
-        """[B, C, h, w] to [B, C, *size], by default twice as high and wide."""
-        h, w = size or (2 * x.shape[-2], 2 * x.shape[-1])
-        out: Tensor = self.conv(F.interpolate(x, size=(h, w), mode="nearest"))
+    def forward(self, x: Tensor, emb: Tensor | None = None, size: tuple[int, int] | None = None) -> Tensor:
+        """[B, C, h, w] to [B, C, *size], by default twice as high and wide; `emb` is not asked."""
+        out: Tensor = self.conv(double(x, size))
         return out

@@ -1,6 +1,7 @@
-"""The UNet of latent diffusion: Stable Diffusion 1, 2 and XL by constructor arguments."""
+"""The UNet of latent diffusion: the LDM family and Stable Diffusion 1, 2 and XL by constructor arguments."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -8,25 +9,30 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ldm.errors import UserError
-from ldm.networks.attention import SpatialTransformer, head_count
+from ldm.networks.attention import PixelAttention, SpatialTransformer, head_count
 from ldm.networks.blocks import (
     Downsample,
     ResBlock,
+    Resize,
     Upsample,
+    double,
     group_norm,
+    halve,
     per_level,
     sinusoidal_embedding,
     zero_,
 )
 
+PixelTransformer = SpatialTransformer | PixelAttention
+
 
 class Block(nn.Module):
-    """A residual block, followed by a transformer on the levels that have attention.
+    """A residual block, followed by a transformer (or plain attention) on the levels that have attention.
 
     With `checkpointing` the backward pass computes it again instead of keeping its activations.
     """
 
-    def __init__(self, res: ResBlock, attention: SpatialTransformer | None, checkpointing: bool) -> None:
+    def __init__(self, res: ResBlock, attention: PixelTransformer | None, checkpointing: bool) -> None:
         super().__init__()
         self.res = res
         self.attention = attention
@@ -47,7 +53,7 @@ class Block(nn.Module):
 class DownLevel(nn.Module):
     """The blocks at one resolution on the way down, and the halving after them (None at the end)."""
 
-    def __init__(self, blocks: list[Block], downsample: Downsample | None) -> None:
+    def __init__(self, blocks: list[Block], downsample: Downsample | ResBlock | None) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(blocks)
         self.downsample = downsample
@@ -59,14 +65,14 @@ class DownLevel(nn.Module):
             h = block(h, emb, tokens, mask)
             outputs.append(h)
         if self.downsample is not None:
-            outputs.append(self.downsample(h))
+            outputs.append(self.downsample(h, emb))
         return outputs
 
 
 class UpLevel(nn.Module):
     """The blocks at one resolution on the way up, and the doubling after them (None at the end)."""
 
-    def __init__(self, blocks: list[Block], upsample: Upsample | None) -> None:
+    def __init__(self, blocks: list[Block], upsample: Upsample | ResBlock | None) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(blocks)
         self.upsample = upsample
@@ -77,7 +83,36 @@ class UpLevel(nn.Module):
         """[B, C, h, w] at the next resolution; takes the feature maps it uses off the end of `skips`."""
         for block in self.blocks:
             h = block(torch.cat([h, skips.pop()], dim=1), emb, tokens, mask)
-        return h if self.upsample is None else self.upsample(h, skips[-1].shape[-2:])
+        return h if self.upsample is None else self.upsample(h, emb, skips[-1].shape[-2:])
+
+
+class _Parts(NamedTuple):
+    """What a UNet is made of: its residual blocks, its attention by width and depth, and how it resamples."""
+
+    res: Callable[[int, int, Resize | None], ResBlock]
+    attention: Callable[[int, int], PixelTransformer]
+    resample_blocks: bool
+    checkpointing: bool
+
+    def block(self, ins: int, outs: int, depth: int | None) -> Block:
+        """A block with a transformer of `depth` blocks, 0 for plain attention, None for neither."""
+        attention = None if depth is None else self.attention(outs, depth)
+        return Block(self.res(ins, outs, None), attention, self.checkpointing)
+
+    def down(self, channels: int) -> Downsample | ResBlock:
+        return self.res(channels, channels, halve) if self.resample_blocks else Downsample(channels)
+
+    def up(self, channels: int) -> Upsample | ResBlock:
+        return self.res(channels, channels, double) if self.resample_blocks else Upsample(channels)
+
+
+def _attention(
+    channels: int, heads: int, depth: int, context_dim: int | None, linear_projections: bool, groups: int
+) -> PixelTransformer:
+    """A transformer of `depth` blocks; plain attention where it is 0."""
+    if depth:
+        return SpatialTransformer(channels, heads, depth, context_dim, linear_projections, groups)
+    return PixelAttention(channels, groups, heads, eps=1e-5)
 
 
 class UNet(nn.Module):
@@ -91,17 +126,21 @@ class UNet(nn.Module):
         num_res_blocks: blocks on each level's way down (one more on its way up); a number, or one per level.
         attention_levels: which levels have transformers. The middle always has one.
         transformer_depth: transformer blocks per transformer, a number or one per level. The middle takes
-            the last entry.
+            the last entry. 0: plain self-attention in the transformer's place (LDM's unconditional models).
         num_heads, head_channels: one of the two: a fixed number of heads, or of channels per head.
         context_dim: width of the tokens; None for an unconditional model (self-attention only).
         linear_projections: projections of the transformers as linear layers (SD 2, SDXL).
         vector_dim: width of the vector condition, added to the time embedding (SDXL's `adm_in_channels`).
         scale_shift: the embedding scales and shifts the norm in the residual blocks instead of being added.
+        resample_blocks: residual blocks halve and double the resolution (`resblock_updown` in LDM), instead of
+            convolutions.
         dropout: in the residual blocks.
         groups: of the group norms; the greatest common divisor with the channels is taken.
         gradient_checkpointing: recompute each block in the backward pass: less memory, about 1.3 the time.
         zero_branches: residual branches begin at zero (LDM), so that each block is the identity; without, they
             begin at random (diffusers), and a short run learns sooner what the tokens say.
+
+    A UNet without transformers takes no tokens: leave context_dim at None then.
 
     Source: Rombach et al. 2022 (LDM), the `openaimodel.UNetModel` of its code. SD 1.x:
     `UNet(4, 4, 320, (1, 2, 4, 4), 2, (True, True, True, False), num_heads=8, context_dim=768)`.
@@ -122,6 +161,7 @@ class UNet(nn.Module):
         linear_projections: bool = False,
         vector_dim: int | None = None,
         scale_shift: bool = False,
+        resample_blocks: bool = False,
         dropout: float = 0.0,
         groups: int = 32,
         gradient_checkpointing: bool = False,
@@ -139,16 +179,14 @@ class UNet(nn.Module):
         depths = per_level(transformer_depth, levels, "transformer_depth")
         attended = per_level(attention_levels, levels, "attention_levels")
         emb_channels = 4 * model_channels
-
-        def block(ins: int, outs: int, depth: int) -> Block:
-            """A block with a transformer of `depth` blocks, 0 for none."""
-            transformer = None
-            if depth:
-                heads = head_count(outs, num_heads, head_channels)
-                transformer = SpatialTransformer(outs, heads, depth, context_dim, linear_projections, groups)
-            res = ResBlock(ins, outs, emb_channels, scale_shift, dropout, groups)
-            return Block(res, transformer, gradient_checkpointing)
-
+        parts = _Parts(
+            lambda ins, outs, resize: ResBlock(ins, outs, emb_channels, scale_shift, dropout, groups, resize=resize),
+            lambda outs, depth: _attention(
+                outs, head_count(outs, num_heads, head_channels), depth, context_dim, linear_projections, groups
+            ),
+            resample_blocks,
+            gradient_checkpointing,
+        )
         self.time_embed = _mlp(model_channels, emb_channels)
         self.vector_embed = None if vector_dim is None else _mlp(vector_dim, emb_channels)
         self.conv_in = nn.Conv2d(in_channels, model_channels, 3, padding=1)
@@ -159,22 +197,23 @@ class UNet(nn.Module):
         for i, width in enumerate(widths):
             blocks = []
             for _ in range(res_blocks[i]):
-                blocks.append(block(channels, width, depths[i] * attended[i]))
+                blocks.append(parts.block(channels, width, depths[i] if attended[i] else None))
                 channels = width
                 skips.append(channels)
-            downsample = Downsample(channels) if i < levels - 1 else None
+            downsample = parts.down(channels) if i < levels - 1 else None
             skips += [channels] if downsample else []
             self.down.append(DownLevel(blocks, downsample))
 
-        self.middle = nn.ModuleList([block(channels, channels, depths[-1]), block(channels, channels, 0)])
+        middle = [parts.block(channels, channels, depths[-1]), parts.block(channels, channels, None)]
+        self.middle = nn.ModuleList(middle)
 
         self.up = nn.ModuleList()  # coarsest level first
         for i in reversed(range(levels)):
             blocks = []
             for _ in range(res_blocks[i] + 1):
-                blocks.append(block(channels + skips.pop(), widths[i], depths[i] * attended[i]))
+                blocks.append(parts.block(channels + skips.pop(), widths[i], depths[i] if attended[i] else None))
                 channels = widths[i]
-            self.up.append(UpLevel(blocks, Upsample(channels) if i else None))
+            self.up.append(UpLevel(blocks, parts.up(channels) if i else None))
 
         self.norm_out = group_norm(channels, groups)
         self.conv_out = nn.Conv2d(channels, out_channels, 3, padding=1)
@@ -188,6 +227,8 @@ class UNet(nn.Module):
                 zero_(module.conv_2)
             elif isinstance(module, SpatialTransformer):
                 zero_(module.proj_out)
+            elif isinstance(module, PixelAttention):
+                zero_(module.to_out)
 
     def forward(
         self,
@@ -203,7 +244,7 @@ class UNet(nn.Module):
         x [B, C, h, w] noisy latents; t [B] network times in [0, 1000]; tokens [B, L, context_dim]; mask
         [B, L] bool, True = attend; vector [B, vector_dim]; concat [B, in_channels - C, h, w].
         """
-        self._check(tokens, vector)
+        self._check(x, tokens, vector, concat)
         h = x if concat is None else torch.cat([x, concat], dim=1)
         emb = self._embedding(t, vector, h.dtype)
         attend = None if mask is None else mask[:, None, None, :]  # [B, 1, 1, L]
@@ -227,13 +268,19 @@ class UNet(nn.Module):
             emb = emb + self.vector_embed(vector)
         return F.silu(emb)
 
-    def _check(self, tokens: Tensor | None, vector: Tensor | None) -> None:
+    def _check(self, x: Tensor, tokens: Tensor | None, vector: Tensor | None, concat: Tensor | None) -> None:
         """Raises UserError where the condition is not the one that the network was built for."""
         given = {"tokens": (tokens, self.context_dim), "vector": (vector, self.vector_dim)}
         for name, (value, width) in given.items():
             if (None if value is None else value.shape[-1]) != width:
                 shape = None if value is None else list(value.shape)
                 raise UserError(f"{name} of shape {shape} given; this UNet was built for a width of {width}")
+        beside = 0 if concat is None else concat.shape[1]
+        if x.shape[1] + beside != self.in_channels:
+            raise UserError(
+                f"latents of {x.shape[1]} channels and a concat of {beside} given; this UNet was built for "
+                f"in_channels={self.in_channels} of both together"
+            )
 
 
 def _mlp(in_channels: int, out_channels: int) -> nn.Sequential:

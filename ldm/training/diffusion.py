@@ -1,5 +1,6 @@
 """The second stage: conditional diffusion in the latents of a frozen first stage."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -45,10 +46,9 @@ class DiffusionModule(TrainingModule):
         """The loss of a batch; times, noise and caption dropout come from the batch's keys."""
         model = self.latent_diffusion
         z0 = model.latents(batch.images, batch.keys)
-        condition = model.conditioner(batch.fields, batch.keys if conditioning_dropout else None)
-        inputs = condition.inputs() | model.seen(batch.images, batch.keys)
+        condition = model.conditioner(condition_fields(batch), batch.keys if conditioning_dropout else None)
         draws = Draws(batch.keys, batch.positions, batch.global_batch)
-        result: DenoisingLoss = self.loss(model.denoiser, z0, inputs, draws)
+        result: DenoisingLoss = self.loss(model.denoiser, z0, condition.inputs(), draws)
         return result
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -62,3 +62,10 @@ class DiffusionModule(TrainingModule):
 
     def configure_optimizers(self) -> Any:
         return self.configure_with(self.make_optimizer, self.make_lr_schedule, self.parameters())
+
+
+def condition_fields(batch: Batch) -> dict[str, Sequence[str] | Tensor]:
+    """What a conditioner may ask of a batch: its texts, `image`, `original_size`, `crop` and `target_size` (pixels)."""
+    size = batch.crop.new_tensor([batch.images.shape[2:]]).expand_as(batch.crop)
+    sizes = {"original_size": batch.original_size, "crop": batch.crop, "target_size": size}
+    return {**batch.fields, **sizes, "image": batch.images}

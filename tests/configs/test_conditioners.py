@@ -1,18 +1,22 @@
 """Every configs/conditioner/*.yaml: shapes, dropout, the empty condition; tiny weights where a hub's are asked for."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
 import torch
 from omegaconf import DictConfig, ListConfig, OmegaConf
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
-from ldm.conditioning import Conditioner, captions_tokenizer, clip_text_for
+from ldm.conditioning import Conditioner, captions_tokenizer
 from ldm.config.build import build
 from ldm.config.compose import CONFIGS, compose
 
 CONDITIONERS = sorted(path.stem for path in (CONFIGS / "conditioner").glob("*.yaml"))
-FIELDS = {"caption": ["a red circle", "a large blue square at the upper left", ""]}
+PICTURES = ("low_resolution", "masked_image", "clip_l_masked_image")  # what they condition on is no text
+NUMBERS = {"imagenet_class": ["3", "14", ""]}
+DROPS = ("captions", "clip_l", "openclip_h", "sdxl", "sdxl_refiner", "imagenet_class")
 
 
 @pytest.fixture(scope="module")
@@ -20,13 +24,25 @@ def text_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a tiny CLIP text encoder of 77 tokens and its tokenizer."""
     path = tmp_path_factory.mktemp("text") / "model"
     tokenizer = captions_tokenizer(["a red circle", "a blue square"] * 3, path)
+    vocab, end = len(tokenizer), tokenizer.eos_token_id
+    config = CLIPTextConfig(
+        vocab_size=vocab,
+        hidden_size=16,
+        intermediate_size=32,
+        projection_dim=12,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=end,
+        pad_token_id=end,
+    )
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        clip_text_for(tokenizer, hidden_size=16, layers=2, heads=2, intermediate=32).save_pretrained(path)
+        CLIPTextModelWithProjection(config).save_pretrained(path)
     return path
 
 
-def put(node: Any, knob: str, value: str) -> None:
+def put(node: Any, knob: str, value: Any) -> None:
     """Sets a knob wherever it stands."""
     for name in list(node) if isinstance(node, DictConfig) else range(len(node)):
         if name == knob:
@@ -35,7 +51,16 @@ def put(node: Any, knob: str, value: str) -> None:
             put(node[name], knob, value)
 
 
-@pytest.fixture(params=CONDITIONERS)
+def fields(name: str) -> dict[str, Any]:
+    """Three samples: two that differ, and one whose text is empty."""
+    texts = NUMBERS.get(name, ["a red circle", "a large blue square at the upper left", ""])
+    image = torch.rand(3, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    mask = torch.zeros(3, 1, 16, 16)
+    mask[:, :, :8] = 1.0
+    return {"caption": texts, "image": image, "mask": mask}
+
+
+@pytest.fixture
 def conditioner(request: pytest.FixtureRequest, tiny_shapes: Path, text_model: Path, tmp_path: Path) -> Conditioner:
     overrides = ["experiment=quickstart", f"conditioner={request.param}", f"tokenizer_path={tmp_path}/tokenizer"]
     overrides += [f"data.train.shards={tiny_shapes}/train", f"run_folder={tmp_path}"]
@@ -43,38 +68,55 @@ def conditioner(request: pytest.FixtureRequest, tiny_shapes: Path, text_model: P
     OmegaConf.resolve(cfg.conditioner)
     node = cast(DictConfig, OmegaConf.create(OmegaConf.to_container(cfg.conditioner)))
     put(node, "name_or_path", str(text_model))
-    node.dropout = 0.5
-    return cast(Conditioner, build(node)).eval()
+    put(node, "dropout", 0.5)
+    made = cast(Conditioner, build(node)).eval()
+    made.bind(lambda images: torch.nn.functional.avg_pool2d(images, 4).repeat(1, 2, 1, 1)[:, :4])
+    return made
 
 
-def test_it_conditions_each_sample_alone(conditioner: Conditioner) -> None:
-    found = conditioner(FIELDS).inputs()
+def parametrized(names: Iterable[str]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize(("conditioner", "name"), [(n, n) for n in names], indirect=["conditioner"])
+
+
+@parametrized(name for name in CONDITIONERS if name != "none")
+def test_it_conditions_each_sample_alone(conditioner: Conditioner, name: str) -> None:
+    given = fields(name)
+    found = conditioner(given).inputs()
     assert found and all(len(value) == 3 for value in found.values())
-    alone = conditioner({"caption": FIELDS["caption"][1:2]}).inputs()
-    for name, value in found.items():
-        assert value.is_floating_point() == alone[name].is_floating_point()
-        torch.testing.assert_close(value[1:2], alone[name], atol=1e-5, rtol=1e-4)
+    alone = conditioner({field: value[1:2] for field, value in given.items()}).inputs()
+    for part, value in found.items():
+        assert value.is_floating_point() == alone[part].is_floating_point()
+        torch.testing.assert_close(value[1:2], alone[part], atol=1e-5, rtol=1e-4)
         assert not torch.equal(value[0], value[1])
+    assert conditioner.concat_channels(4) == (found["concat"].shape[1] if "concat" in found else 0)
 
 
-def test_the_empty_condition_is_that_of_no_words(conditioner: Conditioner) -> None:
-    empty, none = conditioner.empty(2).inputs(), conditioner({"caption": ["", ""]}).inputs()
+@parametrized(name for name in CONDITIONERS if name not in PICTURES)
+def test_the_empty_condition_is_that_of_no_words(conditioner: Conditioner, name: str) -> None:
+    empty = conditioner.empty(2).inputs()
+    none = conditioner({"caption": ["", ""], "aesthetic_score": ["", ""]}).inputs()
     assert empty.keys() == none.keys()
-    for name in empty:
-        torch.testing.assert_close(empty[name], none[name], atol=1e-5, rtol=1e-4)
+    for part in empty:
+        torch.testing.assert_close(empty[part], none[part], atol=1e-5, rtol=1e-4)
 
 
-def test_dropout_takes_its_share_and_depends_on_the_visit_alone(conditioner: Conditioner) -> None:
+@parametrized(DROPS)
+def test_dropout_takes_its_share_and_depends_on_the_visit_alone(conditioner: Conditioner, name: str) -> None:
     keys = torch.arange(64)
-    captions = {"caption": ["a red circle"] * 64}
-    dropped, empty = conditioner(captions, keys), conditioner.empty(1).inputs()
+    given = {"caption": fields(name)["caption"][:1] * 64, "aesthetic_score": [""] * 64}
+    dropped, empty = conditioner(given, keys), conditioner.empty(1).inputs()
     gone = torch.stack([
-        torch.isclose(value, empty[name], atol=1e-5).flatten(1).all(1) for name, value in dropped.inputs().items()
+        torch.isclose(value, empty[part], atol=1e-5).flatten(1).all(1) for part, value in dropped.inputs().items()
     ]).all(0)  # fmt: skip
     assert 16 < int(gone.sum()) < 48
-    again = conditioner(captions, keys).inputs()
-    for name, value in dropped.inputs().items():
-        torch.testing.assert_close(value, again[name])
-    kept = conditioner(captions).inputs()
-    for name, value in dropped.inputs().items():
-        torch.testing.assert_close(value[~gone], kept[name][~gone], atol=1e-5, rtol=1e-4)
+    again = conditioner(given, keys).inputs()
+    for part, value in dropped.inputs().items():
+        torch.testing.assert_close(value, again[part])
+    kept = conditioner(given).inputs()
+    for part, value in dropped.inputs().items():
+        torch.testing.assert_close(value[~gone], kept[part][~gone], atol=1e-5, rtol=1e-4)
+
+
+def test_every_conditioner_that_drops_is_tested_for_it() -> None:
+    texts = {path.stem for path in (CONFIGS / "conditioner").glob("*.yaml") if "dropout" in path.read_text()}
+    assert texts - {"openclip_h"} == set(DROPS) - {"openclip_h"} | {"clip_l_masked_image"}

@@ -1,4 +1,4 @@
-"""The KL bottleneck: closed forms, clamping, sampling."""
+"""The bottlenecks: closed forms, clamping, sampling; the nearest entries of a codebook."""
 
 import math
 
@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch.distributions import Normal, kl_divergence
 
-from ldm.first_stage.bottleneck import KLBottleneck
+from ldm.errors import UserError
+from ldm.first_stage.bottleneck import KLBottleneck, VQBottleneck
 
 
 def test_kl_is_the_closed_form_summed_over_each_image() -> None:
@@ -41,3 +42,36 @@ def test_log_variance_is_clamped(log_var: float, std: float) -> None:
 def test_half_precision_features_are_computed_in_float32() -> None:
     out = KLBottleneck()(torch.randn(1, 4, 2, 2).bfloat16())
     assert out.z.dtype == out.loss.dtype == torch.float32
+
+
+def book() -> VQBottleneck:
+    bottleneck = VQBottleneck(4, 2, commitment_weight=0.25, codebook_weight=1.0)
+    bottleneck.codebook.weight.data = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
+    return bottleneck
+
+
+def test_a_codebook_gives_the_nearest_entry() -> None:
+    z = torch.tensor([[0.9, 0.2], [0.1, 0.6]]).T.view(1, 2, 1, 2)  # two pixels
+    bottleneck = book()
+    assert bottleneck.indices(z).flatten().tolist() == [1, 2]
+    assert torch.equal(bottleneck.latents(z), z)
+    assert bottleneck.finish(z)[0, :, 0].T.tolist() == [[1.0, 0.0], [0.0, 1.0]]
+
+
+def test_the_codebook_loss_moves_features_and_entries_together() -> None:
+    bottleneck = book()
+    z = torch.tensor([0.9, 0.2]).view(1, 2, 1, 1).requires_grad_()
+    out = bottleneck(z)
+    torch.testing.assert_close(out.loss, torch.tensor([1.25 * (0.01 + 0.04) / 2]))
+    assert out.logs["codebook_used"] == 1.0
+    (10.0 * out.z.sum() + out.loss.sum()).backward()
+    assert z.grad is not None and bottleneck.codebook.weight.grad is not None
+    torch.testing.assert_close(z.grad.flatten(), 10.0 + 0.25 * torch.tensor([-0.1, 0.2]))
+    wanted = torch.zeros(4, 2)
+    wanted[1] = torch.tensor([0.1, -0.2])
+    torch.testing.assert_close(bottleneck.codebook.weight.grad, wanted)
+
+
+def test_a_codebook_without_entries_is_refused() -> None:
+    with pytest.raises(UserError, match="entries=0"):
+        VQBottleneck(0, 2)

@@ -1,62 +1,45 @@
-"""The names of diffusers' weights for ours, for the parity tests."""
+"""Our weights put into a peer's module, and what comes out compared."""
 
-import re
+from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-UNET = [
-    (r"^time_embed\.0\.", "time_embedding.linear_1."),
-    (r"^time_embed\.2\.", "time_embedding.linear_2."),
-    (r"^vector_embed\.0\.", "add_embedding.linear_1."),
-    (r"^vector_embed\.2\.", "add_embedding.linear_2."),
-    (r"^norm_out\.", "conv_norm_out."),
-    (r"^(down|up)\.(\d+)\.blocks\.(\d+)\.res\.", r"\1_blocks.\2.resnets.\3."),
-    (r"^(down|up)\.(\d+)\.blocks\.(\d+)\.attention\.", r"\1_blocks.\2.attentions.\3."),
-    (r"^(down|up)\.(\d+)\.(down|up)sample\.", r"\1_blocks.\2.\3samplers.0."),
-    (r"^middle\.(\d+)\.res\.", r"mid_block.resnets.\1."),
-    (r"^middle\.0\.attention\.", "mid_block.attentions.0."),
-    (r"\.blocks\.(\d+)\.", r".transformer_blocks.\1."),
-    (r"\.self_attention\.", ".attn1."),
-    (r"\.cross_attention\.", ".attn2."),
-    (r"\.feed_forward\.proj\.", ".ff.net.0.proj."),
-    (r"\.feed_forward\.out\.", ".ff.net.2."),
-    (r"\.to_out\.", ".to_out.0."),
-    (r"\.emb\.", ".time_emb_proj."),
-    (r"\.skip\.", ".conv_shortcut."),
-    (r"\.(norm|conv)_(\d)\.", r".\1\2."),
-]
-AUTOENCODER = [
-    (r"\.(down|up)\.(\d+)\.res_(\d+)\.", r".\1_blocks.\2.resnets.\3."),
-    (r"\.(down|up)\.(\d+)\.resample\.", r".\1_blocks.\2.\1samplers.0."),
-    (r"\.middle\.res_(\d)\.", r".mid_block.resnets.\1."),
-    (r"\.middle\.attention_0\.norm\.", ".mid_block.attentions.0.group_norm."),
-    (r"\.middle\.attention_0\.", ".mid_block.attentions.0."),
-    (r"\.norm_out\.", ".conv_norm_out."),
-    (r"\.to_out\.", ".to_out.0."),
-    (r"\.skip\.", ".conv_shortcut."),
-    (r"\.(norm|conv)_(\d)\.", r".\1\2."),
-]
+from ldm.interop.names import Piece
 
 
-def theirs(name: str, rules: list[tuple[str, str]]) -> str:
-    """diffusers' name of one of our parameters."""
-    for pattern, replacement in rules:
-        name = re.sub(pattern, replacement, name)
-    return name
+def copy_weights(ours: nn.Module, peer: nn.Module, pieces: Sequence[Piece]) -> None:
+    """Loads our weights into the peer, all of them."""
+    state = {name: p.detach() for name, p in ours.named_parameters()}
+    peer.load_state_dict({piece.theirs: piece.of(state) for piece in pieces}, strict=True)
 
 
-def copy_weights(ours: nn.Module, peer: nn.Module, rules: list[tuple[str, str]]) -> dict[str, str]:
-    """Loads our weights into the peer, all of them; returns our name -> the peer's name."""
-    names = {name: theirs(name, rules) for name, _ in ours.named_parameters()}
-    shapes = {name: p.shape for name, p in peer.named_parameters()}
-    state: dict[str, Tensor] = {
-        names[name]: p.detach().reshape(shapes[names[name]]) for name, p in ours.named_parameters()
-    }
-    peer.load_state_dict(state, strict=True)
-    return names
+def gradients_of(peer: nn.Module, ours: nn.Module, pieces: Sequence[Piece]) -> dict[str, Tensor]:
+    """The peer's gradients by our names and in our shapes."""
+    shapes = {name: p.shape for name, p in ours.named_parameters()}
+    theirs = dict(peer.named_parameters())
+    found: dict[str, Tensor] = {}
+    for piece in pieces:
+        gradient = theirs[piece.theirs].grad
+        assert gradient is not None, piece.theirs
+        found |= piece.back(gradient, shapes)
+    return found
+
+
+def worst_gradient(ours: nn.Module, wanted: dict[str, Tensor], left_out: str = "\0") -> tuple[float, str]:
+    """The largest relative difference of a parameter's gradient, and whose it is."""
+    parameters = {name: p.grad for name, p in ours.named_parameters() if not name.endswith(left_out)}
+    assert set(parameters) <= set(wanted)
+    return max((relative(g, wanted[name]) if g is not None else float("inf"), name) for name, g in parameters.items())
 
 
 def relative(given: Tensor, wanted: Tensor) -> float:
     """||given - wanted|| / ||wanted||."""
     wanted = wanted.detach().reshape(given.shape)
     return float((given.detach() - wanted).norm() / wanted.norm())
+
+
+def spread(module: nn.Module) -> None:
+    """Random weights under which every parameter matters (fresh UNets begin with zeros)."""
+    for parameter in module.parameters():
+        if parameter.ndim > 1:
+            nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)

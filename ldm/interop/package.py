@@ -1,0 +1,193 @@
+"""A model between formats: its architecture as plain values, and its weights by our names."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ldm.conditioning.text import clip_projection, clip_text_from_config
+from ldm.errors import UserError
+from ldm.first_stage.autoencoder import FirstStage
+from ldm.first_stage.bottleneck import Bottleneck, KLBottleneck, VQBottleneck
+from ldm.interop.names import Piece
+from ldm.networks.autoencoder import Decoder, Encoder
+from ldm.networks.unet import UNet
+
+SHOWN = 8  # of what does not fit, this many are named
+Tokenizer = dict[str, str]
+"""A tokenizer's files by name."""
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text encoder and what is taken from it.
+
+    config           keyword arguments of `clip_text_from_config`
+    projection_dim   of the pooled state's projection; None: none
+    layer, final_norm, pooled, max_length, empty_as_zero   as in `TextConditioner`
+    prefix           what stands before its names in a transformers file, "text_model." or ""
+    """
+
+    config: dict[str, Any]
+    projection_dim: int | None = None
+    layer: int = -1
+    final_norm: bool = True
+    pooled: bool = False
+    max_length: int = 77
+    empty_as_zero: bool = False
+    prefix: str = "text_model."
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What a model is, without its weights.
+
+    first_stage  `encoder` and `decoder` (keyword arguments), `codebook` (entries, channels, or None for KL),
+                 `latent_channels`, `quant_conv`
+    network      keyword arguments of `UNet`; None: a first stage alone
+    texts        its text encoders
+    numbers      keyword arguments of its `MicroConditioner`s
+    schedule     keyword arguments beta_start, beta_end, steps, and `kind`: the class's name
+    prediction   the class's name
+    size         [height, width] in pixels that it was last trained at
+    """
+
+    first_stage: dict[str, Any]
+    network: dict[str, Any] | None = None
+    texts: tuple[Text, ...] = ()
+    numbers: tuple[dict[str, Any], ...] = ()
+    schedule: dict[str, Any] = field(default_factory=dict)
+    prediction: str = "Epsilon"
+    size: tuple[int, int] = (512, 512)
+
+    def plain(self) -> dict[str, Any]:
+        """Plain values that JSON can hold."""
+        return asdict(self)
+
+    @staticmethod
+    def of(plain: Mapping[str, Any]) -> "Architecture":
+        """The architecture of `plain()`; UserError where it is not one."""
+        try:
+            values = dict(plain)
+            values["texts"] = tuple(Text(**text) for text in values["texts"])
+            values["numbers"] = tuple(values["numbers"])
+            height, width = values["size"]
+            return Architecture(**(values | {"size": (int(height), int(width))}))
+        except (TypeError, KeyError, ValueError) as error:
+            raise UserError(f"the description of the model in the file is not readable ({error})") from error
+
+    def text_prefix(self, i: int) -> str:
+        """What stands before text encoder i's names in our state."""
+        alone = len(self.texts) == 1 and not self.numbers
+        return "conditioner." if alone else f"conditioner.conditioners.{i}."
+
+
+@dataclass
+class Package:
+    """A model on its way: architecture, weights by our names, and its tokenizers, one per text encoder."""
+
+    architecture: Architecture
+    state: dict[str, Tensor]
+    tokenizers: list[Tokenizer] = field(default_factory=list)
+
+    @property
+    def kind(self) -> str:
+        """What our model folder calls it."""
+        return "first_stage" if self.architecture.network is None else "diffusion"
+
+    def part(self, prefix: str) -> dict[str, Tensor]:
+        """The weights under a prefix, without it."""
+        return {name[len(prefix) :]: t for name, t in self.state.items() if name.startswith(prefix)}
+
+    def with_state(self, state: dict[str, Tensor]) -> "Package":
+        """The same model with other weights."""
+        return replace(self, state=state)
+
+
+# ------------------------------------------------------------------------------------------- without memory
+
+
+def build_first_stage(arguments: Mapping[str, Any]) -> FirstStage:
+    """The first stage that `Architecture.first_stage` describes, with random weights."""
+    book = arguments["codebook"]
+    bottleneck: Bottleneck = VQBottleneck(**book) if book else KLBottleneck()
+    return FirstStage(
+        Encoder(**arguments["encoder"]),
+        bottleneck,
+        Decoder(**arguments["decoder"]),
+        arguments["latent_channels"],
+        arguments["quant_conv"],
+    )
+
+
+def shapes_of_first_stage(architecture: Architecture) -> dict[str, Tensor]:
+    """The first stage's tensors by name on the meta device, without its statistics."""
+    with torch.device("meta"):
+        module = build_first_stage(architecture.first_stage)
+    return {name: p.detach() for name, p in module.named_parameters()}
+
+
+def shapes_of_network(architecture: Architecture) -> dict[str, Tensor]:
+    """The UNet's tensors by name on the meta device."""
+    with torch.device("meta"):
+        module = UNet(**(architecture.network or {}))
+    return {name: p.detach() for name, p in module.named_parameters()}
+
+
+def shapes_of_text(text: Text) -> dict[str, Tensor]:
+    """A text encoder's tensors on the meta device: `encoder.*` and, where it has one, `projection.weight`."""
+    with torch.device("meta"):
+        module = nn.ModuleDict({"encoder": clip_text_from_config(**text.config)})
+        if text.projection_dim is not None:
+            module["projection"] = clip_projection(text.config["hidden_size"], text.projection_dim)
+    return {name: p.detach() for name, p in module.named_parameters()}
+
+
+# ----------------------------------------------------------------------------------------------- moving tensors
+
+
+def taken(
+    given: Mapping[str, Tensor], pieces: list[Piece], shapes: Mapping[str, Tensor], origin: str
+) -> dict[str, Tensor]:
+    """Our tensors, made of another layout's; UserError that names what is missing, unexpected or misshapen there.
+
+    A 1x1 convolution may stand for a matrix and the other way about.
+    """
+    wanted = {piece.theirs: piece.of(shapes) for piece in pieces}
+    wrong = [f"missing {name}" for name in wanted if name not in given]
+    wrong += [f"unexpected {name}" for name in given if name not in wanted]
+    for name, tensor in wanted.items():
+        if name in given and _core(given[name]) != _core(tensor):
+            wrong.append(f"{name}: {list(given[name].shape)} in the file, {list(tensor.shape)} expected")
+    refuse(wrong, origin)
+    sizes = {name: tensor.shape for name, tensor in shapes.items()}
+    found: dict[str, Tensor] = {}
+    for piece in pieces:
+        tensor = given[piece.theirs]
+        found |= piece.back(tensor if piece.transpose else tensor.reshape(wanted[piece.theirs].shape), sizes)
+    return found
+
+
+def made(state: Mapping[str, Tensor], pieces: list[Piece], prefix: str = "") -> dict[str, Tensor]:
+    """Another layout's tensors, made of ours."""
+    return {prefix + piece.theirs: piece.of(state).contiguous() for piece in pieces}
+
+
+def refuse(wrong: list[str], origin: str) -> None:
+    """UserError that lists what is wrong with the weights, where anything is."""
+    if wrong:
+        more = f" and {len(wrong) - SHOWN} more" if len(wrong) > SHOWN else ""
+        raise UserError(f"the weights in {origin} don't fit: {'; '.join(wrong[:SHOWN])}{more}")
+
+
+def _core(tensor: Tensor) -> tuple[int, ...]:
+    """The shape without the two ones of a 1x1 convolution."""
+    shape = tuple(tensor.shape)
+    return shape[:2] if len(shape) == 4 and shape[2:] == (1, 1) else shape
+
+
+def one_or_each(values: list[Any]) -> Any:
+    """A value that all have, else the list."""
+    return values[0] if all(value == values[0] for value in values) else values

@@ -1,0 +1,119 @@
+"""Training goes on from weights of every format; parts that do not fit together are refused with the reason."""
+
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import torch
+
+from ldm.checkpoint import load_tensors
+from ldm.config.build import stages
+from ldm.config.compose import compose
+from ldm.errors import UserError
+from ldm.interop.convert import convert, read
+from ldm.latent_diffusion import LatentDiffusion
+from ldm.training import curriculum
+
+
+def overrides_for(shapes: Path, out: Path, *more: str) -> list[str]:
+    return [
+        "experiment=quickstart",
+        "variant=tiny",
+        f"data.train.shards={shapes}/train",
+        f"data.val.shards={shapes}/val",
+        f"run_folder={out}",
+        "trainer.enable_progress_bar=false",
+        *more,
+    ]
+
+
+@pytest.fixture(scope="module")
+def run(tiny_shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run's folder with a first stage and a base, two steps each, and its base in other formats."""
+    out = tmp_path_factory.mktemp("run")
+    overrides = overrides_for(tiny_shapes, out, "stages=[first_stage,base]")
+    curriculum.run(*stages(compose("train", overrides), overrides, out))
+    for to, name in (("single_file", "base.safetensors"), ("diffusers", "diffusers"), ("ldm", "ldm")):
+        convert(out / "base", out / name, to)
+    return out
+
+
+def model_of(shapes: Path, run: Path, out: Path, *more: str) -> LatentDiffusion:
+    """The model that a launch of `base` begins with."""
+    given = overrides_for(shapes, out, "stages=[base]", f"tokenizer_path={run}/tokenizer", *more)
+    (stage,), models = stages(compose("train", given), given, out)
+    return cast(LatentDiffusion, stage.build(models).module.model())
+
+
+@pytest.mark.parametrize("source", ["base", "base/model", "base.safetensors", "diffusers", "ldm"])
+def test_training_begins_with_weights_of_any_format(source: str, run: Path, tiny_shapes: Path, tmp_path: Path) -> None:
+    path = run / source
+    wanted = read(run / "base").state
+    model = model_of(tiny_shapes, run, tmp_path, f"init_from={path}", f"first_stage_from={run}/first_stage")
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, wanted[name]), name
+
+
+def test_averaged_or_raw_weights_are_chosen(run: Path) -> None:
+    name = "denoiser.network.conv_in.weight"
+    raw, _ = load_tensors(run / "base" / "model" / "weights.safetensors")
+    average, _ = load_tensors(run / "base" / "model" / "ema.safetensors")
+    assert not torch.equal(raw[name], average[name])
+    assert torch.equal(read(run / "base", "raw").state[name], raw[name])
+    assert torch.equal(read(run / "base", "ema").state[name], average[name])
+    assert torch.equal(read(run / "base.safetensors").state[name], average[name])
+
+
+@pytest.mark.parametrize("source", ["base.safetensors", "diffusers", "first_stage"])
+def test_a_first_stage_comes_from_any_format(source: str, run: Path, tiny_shapes: Path, tmp_path: Path) -> None:
+    model = model_of(tiny_shapes, run, tmp_path, f"first_stage_from={run / source}")
+    wanted = read(run / "first_stage").part("first_stage.")
+    for name, tensor in model.first_stage.state_dict().items():
+        assert torch.equal(tensor, wanted[name]), name
+
+
+def changed(run: Path, path: Path, change: Any) -> Path:
+    from ldm.interop.own_folder import write_own
+
+    package = read(run / "first_stage")
+    change(package.state)
+    write_own(package, path)
+    return path
+
+
+def test_other_latent_statistics_are_refused(run: Path, tiny_shapes: Path, tmp_path: Path) -> None:
+    other = changed(run, tmp_path / "other", lambda state: state["first_stage.latent_std"].mul_(3.0))
+    with pytest.raises(UserError, match=r"was trained on latents whose latent_std is \[.*would see other latents"):
+        model_of(tiny_shapes, run, tmp_path, f"first_stage_from={other}", f"init_from={run}/base")
+    model_of(tiny_shapes, run, tmp_path, f"first_stage_from={other}")  # a network that is trained anew
+
+
+def test_another_decoder_of_the_same_latents_is_taken(run: Path, tiny_shapes: Path, tmp_path: Path) -> None:
+    other = changed(run, tmp_path / "other", lambda state: state["first_stage.decoder.conv_out.bias"].add_(1.0))
+    model = model_of(tiny_shapes, run, tmp_path, f"first_stage_from={other}", f"init_from={run}/base")
+    assert torch.equal(model.first_stage.decoder.conv_out.bias, read(other).state["first_stage.decoder.conv_out.bias"])
+
+
+def test_other_latent_channels_are_refused(run: Path, tiny_shapes: Path, tmp_path: Path) -> None:
+    match = r"latents of 4 channels and the conditioner puts 0 beside them; the network has in_channels=9"
+    with pytest.raises(Exception) as caught:
+        model_of(tiny_shapes, run, tmp_path, "network.in_channels=9", f"first_stage_from={run}/first_stage")
+    causes = [caught.value, caught.value.__cause__]
+    assert any(isinstance(cause, UserError) and match in str(cause) for cause in causes)
+
+
+def test_weights_of_another_width_are_refused(run: Path, tiny_shapes: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"don't fit the model: denoiser.network.*in the file, .* in the model"):
+        model_of(
+            tiny_shapes, run, tmp_path, "network.model_channels=32", f"init_from={run}/base.safetensors",
+            f"first_stage_from={run}/first_stage",
+        )  # fmt: skip
+
+
+def test_a_first_stage_alone_is_no_model(run: Path, tiny_shapes: Path, tmp_path: Path) -> None:
+    convert(run / "first_stage", tmp_path / "vae.safetensors", "single_file")
+    with pytest.raises(UserError, match="holds a first stage alone; give it as first_stage_from="):
+        first_stage = f"first_stage_from={run}/first_stage"
+        model_of(tiny_shapes, run, tmp_path, f"init_from={tmp_path}/vae.safetensors", first_stage)
+    with pytest.raises(UserError, match="no such path exists"):
+        model_of(tiny_shapes, run, tmp_path, "init_from=nowhere", f"first_stage_from={run}/first_stage")

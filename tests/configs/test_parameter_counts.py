@@ -1,0 +1,117 @@
+"""Every published architecture that is shipped has its published number of parameters, counted without memory."""
+
+from typing import Any
+
+import pytest
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+from ldm.conditioning import clip_projection, clip_text_from_config
+from ldm.config.build import build
+from ldm.config.compose import CONFIGS, compose
+
+NETWORKS = {
+    "sd1": 859_520_964,
+    "sd1_inpainting": 859_535_364,
+    "sd2": 865_910_724,
+    "sdxl": 2_567_463_684,
+    "sdxl_refiner": 2_259_526_660,
+    "ldm_text_to_image": 872_300_484,
+    "ldm_imagenet_f4": 400_920_579,
+    "ldm_imagenet_f8": 394_984_196,
+    "ldm_unconditional_f4": 274_056_163,
+    "ldm_churches_f8": 294_966_916,
+    "ldm_super_resolution": 113_622_563,
+    "ldm_inpainting": 387_245_827,
+}
+FIRST_STAGES = {
+    "kl_f4": 55_312_063,
+    "kl_f8": 83_653_863,
+    "kl_f8_sdxl": 83_653_863,
+    "kl_f16": 69_610_963,
+    "kl_f32": 103_880_131,
+    "vq_f4": 55_322_782,
+    "vq_f4_noattn": 53_219_486,
+    "vq_f8": 67_717_295,
+    "vq_f8_n256": 67_652_783,
+    "vq_f16": 69_593_371,
+}
+CONDITIONERS = {
+    "clip_l": [123_060_480],
+    "openclip_h": [340_387_840],
+    "sdxl": [123_060_480, 694_659_840],
+    "sdxl_refiner": [694_659_840],
+    "clip_l_masked_image": [123_060_480],
+}
+HUB: dict[str, dict[str, Any]] = {  # the text models' published sizes
+    "openai/clip-vit-large-patch14": dict(hidden_size=768, layers=12, heads=12, intermediate=3072),
+    "laion/CLIP-ViT-H-14-laion2B-s32B-b79K": dict(hidden_size=1024, layers=24, heads=16, intermediate=4096),
+    "laion/CLIP-ViT-bigG-14-laion2B-39B-b160k": dict(hidden_size=1280, layers=32, heads=20, intermediate=5120),
+}
+OWN = {"network": {"small"}, "first_stage": {"kl_f4_small", "kl_f8_small"}}  # this project's, not published
+
+
+def count(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def node(group: str, name: str) -> DictConfig:
+    overrides = ["experiment=sd1", f"{group}={name}", "run_folder=nowhere", "tokenizer_path=nowhere"]
+    chosen: DictConfig = compose("train", overrides)[group]
+    OmegaConf.resolve(chosen)
+    return chosen
+
+
+@pytest.mark.parametrize(
+    ("group", "name", "parameters"),
+    [("network", *row) for row in NETWORKS.items()] + [("first_stage", *row) for row in FIRST_STAGES.items()],
+)
+def test_published_parameter_counts(group: str, name: str, parameters: int) -> None:
+    with torch.device("meta"):
+        module = build(node(group, name))
+    assert all(p.is_meta for p in module.parameters())
+    assert count(module) == parameters
+
+
+@pytest.mark.parametrize("name", CONDITIONERS)
+def test_published_text_encoders(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def encoder(name_or_path: str, subfolder: str = "") -> CLIPTextModel:
+        return clip_text_from_config(**HUB[name_or_path])
+
+    class Projected(nn.Module):
+        def __init__(self, width: int) -> None:
+            super().__init__()
+            self.text_projection = clip_projection(width, width)
+
+    def projected(name_or_path: str, subfolder: str = "", output_loading_info: bool = False) -> Any:
+        return Projected(HUB[name_or_path]["hidden_size"]), {"missing_keys": []}
+
+    monkeypatch.setattr(CLIPTextModel, "from_pretrained", encoder)
+    monkeypatch.setattr(CLIPTextModelWithProjection, "from_pretrained", projected)
+    cfg = node("conditioner", name)
+    parts = [part for part in cfg.get("conditioners", [cfg]) if "encoder" in part]
+    counts = []
+    with torch.device("meta"):
+        for part in parts:
+            counts.append(count(build(part.encoder)) + (count(build(part.projection)) if "projection" in part else 0))
+    assert counts == CONDITIONERS[name]
+
+
+def test_openclip_h_has_24_layers_of_which_sd2_uses_23() -> None:
+    with torch.device("meta"):
+        assert count(clip_text_from_config(**HUB["laion/CLIP-ViT-H-14-laion2B-s32B-b79K"])) == 352_984_064
+
+
+def test_the_discriminator_has_its_published_size() -> None:
+    path = "first_stage_loss.perceptual.network.path=nowhere"
+    cfg = compose("train", ["experiment=sd1", "first_stage_loss=vq_lpips_gan", path])
+    with torch.device("meta"):
+        assert count(build(cfg.first_stage_loss.discriminator)) == 2_765_633
+
+
+@pytest.mark.parametrize(("group", "counted"), [("network", NETWORKS), ("first_stage", FIRST_STAGES)])
+def test_every_shipped_architecture_is_counted(group: str, counted: dict[str, int]) -> None:
+    shipped = {path.stem for path in (CONFIGS / group).glob("*.yaml")}
+    assert shipped == set(counted) | OWN[group]

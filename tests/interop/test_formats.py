@@ -1,0 +1,152 @@
+"""Round trips between the formats, and what is recognised without help."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from ldm.checkpoint import load_tensors, save_tensors
+from ldm.interop.convert import cast, convert, read
+from ldm.interop.diffusers_folder import write_diffusers
+from ldm.interop.own_folder import write_own
+from ldm.interop.package import Architecture, Package, shapes_of_first_stage
+from ldm.interop.single_file import write_single_file
+
+from .tiny import first_stage, package, same, weights
+
+FAMILIES = ["sd1", "sd2", "sdxl", "refiner"]
+
+
+def files(folder: Path) -> dict[str, object]:
+    """Everything in a folder: tensors by file and name, texts as they are."""
+    found: dict[str, object] = {}
+    for path in sorted(folder.rglob("*")):
+        name = str(path.relative_to(folder))
+        if path.suffix == ".safetensors":
+            found |= {f"{name}:{key}": tensor for key, tensor in load_tensors(path)[0].items()}
+        elif path.is_file():
+            found[name] = path.read_text()
+    return found
+
+
+def assert_same_files(given: Path, wanted: Path) -> None:
+    ours, theirs = files(given), files(wanted)
+    assert ours.keys() == theirs.keys()
+    for name, value in theirs.items():
+        mine = ours[name]
+        assert torch.equal(mine, value) if isinstance(value, torch.Tensor) else mine == value, name
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_round_trips_are_equal_bit_for_bit(family: str, tmp_path: Path) -> None:
+    model = package(family, tmp_path)
+    write_diffusers(model, tmp_path / "d1")
+    convert(tmp_path / "d1", tmp_path / "s1.safetensors", "single_file")
+    convert(tmp_path / "s1.safetensors", tmp_path / "l1", "ldm")
+    convert(tmp_path / "l1", tmp_path / "s2.safetensors", "single_file")
+    convert(tmp_path / "s2.safetensors", tmp_path / "d2", "diffusers")
+    convert(tmp_path / "d2", tmp_path / "l2", "ldm")
+    assert_same_files(tmp_path / "d2", tmp_path / "d1")
+    same(load_tensors(tmp_path / "s2.safetensors")[0], load_tensors(tmp_path / "s1.safetensors")[0])
+    same(
+        load_tensors(tmp_path / "l2" / "weights.safetensors")[0],
+        load_tensors(tmp_path / "l1" / "weights.safetensors")[0],
+    )
+    same(read(tmp_path / "l2").state, model.state)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_family_is_recognised_by_keys_and_shapes(family: str, tmp_path: Path) -> None:
+    """A file without metadata, with what such files hold beside the weights."""
+    model = package(family, tmp_path)
+    write_single_file(model, tmp_path / "model.safetensors")
+    tensors, _ = load_tensors(tmp_path / "model.safetensors")
+    tensors |= {"betas": torch.zeros(1000), "model_ema.num_updates": torch.tensor(3)}
+    if family == "sd1":
+        tensors["cond_stage_model.transformer.text_model.embeddings.position_ids"] = torch.arange(77)[None]
+    if family == "sd2":  # OpenCLIP's whole tower, of which the last layer is not used
+        last = "cond_stage_model.model.transformer.resblocks."
+        tensors |= {n.replace(f"{last}1.", f"{last}2."): t for n, t in tensors.items() if n.startswith(f"{last}1.")}
+        tensors["cond_stage_model.model.text_projection"] = torch.zeros(64, 64)
+        tensors["cond_stage_model.model.logit_scale"] = torch.zeros(())
+    save_tensors(tmp_path / "unnamed.safetensors", tensors)
+    found = read(tmp_path / "unnamed.safetensors")
+    same(found.state, model.state)
+    known = found.architecture
+    given = {name: value for name, value in (model.architecture.network or {}).items() if name != "groups"}
+    assert {name: known.network[name] for name in given} == given
+    assert (known.prediction, known.schedule) == (model.architecture.prediction, model.architecture.schedule)
+    assert [text.config for text in known.texts] == [text.config for text in model.architecture.texts]
+    taken = [(text.layer, text.final_norm, text.pooled, text.projection_dim) for text in known.texts]
+    assert taken == [(t.layer, t.final_norm, t.pooled, t.projection_dim) for t in model.architecture.texts]
+    assert [part["field"] for part in known.numbers] == [part["field"] for part in model.architecture.numbers]
+
+
+def test_a_legacy_checkpoint_gives_averaged_or_raw_weights(tmp_path: Path) -> None:
+    model = package("sd1", tmp_path)
+    write_single_file(model, tmp_path / "model.safetensors")
+    tensors, _ = load_tensors(tmp_path / "model.safetensors")
+    name = "model.diffusion_model.out.2.bias"
+    average = {"model_ema.diffusion_modelout2bias": tensors[name] + 1.0}
+    torch.save({"state_dict": tensors | average, "global_step": 7}, tmp_path / "model.ckpt")
+    ours = "denoiser.network.conv_out.bias"
+    assert torch.equal(read(tmp_path / "model.ckpt", "raw").state[ours], tensors[name])
+    assert torch.equal(read(tmp_path / "model.ckpt", "ema").state[ours], tensors[name] + 1.0)
+
+
+@pytest.mark.parametrize("to", ["diffusers", "single_file"])
+def test_statistics_per_channel_are_folded_and_come_back(to: str, tmp_path: Path) -> None:
+    mean, std = torch.tensor([0.5, -1.0, 0.0, 2.0]), torch.tensor([1.0, 2.0, 4.0, 0.5])
+    model = package("sd1", tmp_path, lambda channels: (mean, std))
+    write_own(model, tmp_path / "own")
+    out = tmp_path / ("out" if to == "diffusers" else "out.safetensors")
+    convert(tmp_path / "own", out, to)
+    file = out / "vae" / "diffusion_pytorch_model.safetensors" if to == "diffusers" else out
+    tensors, metadata = load_tensors(file)
+    name = next(name for name in tensors if name.endswith("post_quant_conv.bias"))
+    assert not torch.allclose(tensors[name], model.state["first_stage.post_quant_conv.bias"])
+    convert(out, tmp_path / "back", "ldm")
+    same(read(tmp_path / "back").state, read(tmp_path / "own").state)
+    tensors[name] = tensors[name] + 1.0  # trained on by another tool: what was noted is out of date
+    save_tensors(file, tensors, metadata)
+    assert not read(out).state["first_stage.latent_mean"].any()
+
+
+@pytest.mark.parametrize("kind", ["kl", "vq"])
+@pytest.mark.parametrize("to", ["diffusers", "single_file", "ldm"])
+def test_first_stages_alone(kind: str, to: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    arguments = first_stage({"entries": 16, "channels": 3}, 3) if kind == "vq" else first_stage()
+    known = Architecture(arguments)
+    state = {f"first_stage.{n}": t for n, t in weights(shapes_of_first_stage(known)).items()}
+    channels = arguments["latent_channels"]
+    state |= {"first_stage.latent_mean": torch.rand(channels), "first_stage.latent_std": torch.rand(channels) + 1.0}
+    write_own(Package(known, state), tmp_path / "own")
+    out = tmp_path / ("out.safetensors" if to == "single_file" else "out")
+    convert(tmp_path / "own", out, to)
+    found = read(out)
+    same(found.state, state)
+    assert found.kind == "first_stage"
+    if to == "single_file":  # by keys and shapes alone; the statistics are not among them
+        save_tensors(tmp_path / "bare.safetensors", load_tensors(out)[0] | {"loss.logvar": torch.zeros(())})
+        bare = read(tmp_path / "bare.safetensors")
+        assert bare.architecture.first_stage == arguments
+        same(bare.part("first_stage.encoder."), found.part("first_stage.encoder."))
+
+
+def test_half_precision_on_request(tmp_path: Path) -> None:
+    write_own(package("sd1", tmp_path), tmp_path / "own")
+    convert(tmp_path / "own", tmp_path / "half.safetensors", "single_file", dtype="float16")
+    assert {t.dtype for t in load_tensors(tmp_path / "half.safetensors")[0].values()} == {torch.float16}
+    wanted = cast(read(tmp_path / "own"), torch.float16)
+    same(read(tmp_path / "half.safetensors").state, wanted.state)
+    assert wanted.state["first_stage.latent_std"].dtype == torch.float32
+
+
+def test_large_weights_are_written_in_shards(tmp_path: Path) -> None:
+    model = package("sd1", tmp_path)
+    write_diffusers(model, tmp_path / "out", shard_bytes=100_000)
+    index = json.loads((tmp_path / "out" / "unet" / "diffusion_pytorch_model.safetensors.index.json").read_text())
+    assert len(set(index["weight_map"].values())) > 3
+    same(read(tmp_path / "out").state, model.state)

@@ -1,0 +1,82 @@
+"""What is written, used by diffusers: its pipelines' images, its reading of single files."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ldm.config.build import load_trained
+from ldm.diffusion.schedule import ScaledLinear
+from ldm.generation import Generator, Request, SamplingSettings
+from ldm.interop.diffusers_folder import write_diffusers
+from ldm.interop.own_folder import write_own
+from ldm.interop.single_file import write_single_file
+from ldm.sampling.ddim import DDIM
+from ldm.sampling.grid import Leading
+from ldm.sampling.guidance import ClassifierFree
+from ldm.sampling.noise import ImageNoise
+
+from .tiny import SIDE, package
+
+diffusers = pytest.importorskip("diffusers")
+
+PROMPT, SEED, STEPS, SCALE = "a red circle above a blue square", 3, 4, 3.0
+TOLERANCE = 2e-3  # of [0, 1]
+PIPELINES = {"sd1": "StableDiffusionPipeline", "sd2": "StableDiffusionPipeline", "sdxl": "StableDiffusionXLPipeline"}
+
+
+def statistics(channels: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.linspace(-1.0, 1.0, channels), torch.linspace(2.0, 4.0, channels)
+
+
+def ours(folder: Path) -> torch.Tensor:
+    """Our Generator's image [3, H, W]."""
+    generator = Generator(load_trained(str(folder), "ema", "cpu").model)
+    settings = SamplingSettings(DDIM(), Leading(), ClassifierFree(SCALE), STEPS)
+    return generator.batch([Request({"caption": PROMPT}, SEED)], (SIDE, SIDE), settings)[0]
+
+
+def theirs(pipeline: Any, **more: Any) -> torch.Tensor:
+    """A pipeline's image [3, H, W], from the same noise."""
+    pipeline.set_progress_bar_config(disable=True)
+    latents = ImageNoise([SEED])((4, SIDE // 2, SIDE // 2))
+    made = pipeline(
+        PROMPT, height=SIDE, width=SIDE, num_inference_steps=STEPS, guidance_scale=SCALE, latents=latents,
+        output_type="pt", **more,
+    )  # fmt: skip
+    return made.images[0]
+
+
+@pytest.mark.parametrize("family", PIPELINES)
+def test_a_pipeline_gives_the_same_image(family: str, tmp_path: Path) -> None:
+    model = package(family, tmp_path, statistics if family == "sd1" else None)
+    write_own(model, tmp_path / "own")
+    write_diffusers(model, tmp_path / "folder")
+    wanted = ours(tmp_path / "own")
+    pipeline = getattr(diffusers, PIPELINES[family])
+    found = theirs(pipeline.from_pretrained(tmp_path / "folder", local_files_only=True))
+    assert wanted.std() > 0.05
+    assert (found - wanted).abs().max() < TOLERANCE
+
+    write_single_file(model, tmp_path / "model.safetensors")
+    config = str(tmp_path / "folder")
+    if family == "sd1":  # the single file's first stage is at SD 1's scale factor, the folder's at 1
+        config = str(tmp_path / "published")
+        write_diffusers(package(family, tmp_path), tmp_path / "published")
+    single = pipeline.from_single_file(str(tmp_path / "model.safetensors"), config=config, local_files_only=True)
+    assert (theirs(single) - wanted).abs().max() < TOLERANCE
+
+
+def test_the_schedules_are_the_same(tmp_path: Path) -> None:
+    write_diffusers(package("sd2", tmp_path), tmp_path / "folder")
+    scheduler = diffusers.DDIMScheduler.from_pretrained(tmp_path / "folder", subfolder="scheduler")
+    wanted = torch.from_numpy(ScaledLinear().alphas_cumprod).float()
+    torch.testing.assert_close(scheduler.alphas_cumprod, wanted, rtol=1e-5, atol=0)
+    assert scheduler.config.prediction_type == "v_prediction"
+
+
+def test_the_refiner_loads(tmp_path: Path) -> None:
+    write_diffusers(package("refiner", tmp_path), tmp_path / "folder")
+    pipeline = diffusers.StableDiffusionXLImg2ImgPipeline.from_pretrained(tmp_path / "folder", local_files_only=True)
+    assert pipeline.config.requires_aesthetics_score and pipeline.text_encoder is None
