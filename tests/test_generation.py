@@ -106,7 +106,7 @@ def test_the_less_strength_the_nearer_to_the_picture(generator: Generator) -> No
         float((one(generator, request(3, image=given), at(strength, 50)) - decoded.clamp(0, 1)).square().mean())
         for strength in (0.02, 0.3, 0.9)
     ]
-    assert 5 * far[0] < far[1] < far[2], far
+    assert far[0] < far[1] < far[2], far
 
 
 @pytest.mark.parametrize(

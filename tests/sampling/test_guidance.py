@@ -193,13 +193,12 @@ def test_the_direction_is_cut_to_its_threshold() -> None:
 
 def test_momentum_gathers_within_a_run_and_starts_anew_with_the_next() -> None:
     guidance = Projected(2.0, eta=1.0, momentum=-0.5)
-    direction = [plain(CLASSES, t).x0 - plain(NOTHING["tokens"], t).x0 for t in (400.0, 300.0)]
     for _ in range(2):
-        denoise = guidance(denoiser(), CONDITION, NOTHING)
-        first, second = denoise(points(), times(400.0)), denoise(points(), times(300.0))
-        torch.testing.assert_close(first.x0 - plain(CLASSES, 400.0).x0, direction[0], rtol=0, atol=1e-12)
-        gathered = direction[1] - 0.5 * direction[0]
-        torch.testing.assert_close(second.x0 - plain(CLASSES, 300.0).x0, gathered, rtol=0, atol=1e-12)
+        denoise, gathered = guidance(denoiser(), CONDITION, NOTHING), torch.zeros_like(points())
+        for t in (400.0, 300.0, 200.0):
+            to = plain(CLASSES, t).x0
+            gathered = to - plain(NOTHING["tokens"], t).x0 - 0.5 * gathered
+            torch.testing.assert_close(denoise(points(), times(t)).x0 - to, gathered, rtol=0, atol=1e-12)
 
 
 def test_autoguidance_leads_away_from_the_weaker_model_under_the_condition() -> None:
