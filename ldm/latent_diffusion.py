@@ -15,7 +15,6 @@ class LatentDiffusion(nn.Module):
     """Latent diffusion (Rombach et al. 2022): what a second-stage checkpoint holds. The first stage is frozen.
 
     Raises UserError where the network does not have the latents' channels.
-
     """
 
     def __init__(self, denoiser: Denoiser, conditioner: Conditioner, first_stage: FirstStage) -> None:
