@@ -173,7 +173,8 @@ class Generator:
         names = requests[0].fields.keys()
         given = {name: [request.fields[name] for request in requests] for name in names}
         away = {name: [request.negative.get(name, "") for request in requests] for name in names}
-        return given, self.conditioner(given | shown, None).inputs(), self.conditioner(away | shown, None).inputs()
+        inputs, negative = ({**texts, **shown} for texts in (given, away))
+        return given, self.conditioner(inputs, None).inputs(), self.conditioner(negative, None).inputs()
 
     def _shown(self, images: Tensor | None, masks: Tensor | None, shape: tuple[int, ...]) -> dict[str, Tensor]:
         """The pictures a conditioner may ask for; for an inpainting model all is to be painted where none is given."""

@@ -11,6 +11,7 @@ from ldm.conditioning import Compose, MaskedImage
 from ldm.conditioning.condition import Condition
 from ldm.conditioning.text import Conditioner
 from ldm.data.batch import Batch
+from ldm.diffusion.criterion import L2
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.loss import DiffusionLoss
 from ldm.diffusion.prediction import Denoised, V
@@ -215,9 +216,9 @@ def test_a_unet_of_nine_channels_inpaints() -> None:
 def test_an_inpainting_model_trains_on_what_it_is_shown() -> None:
     hole = MaskedImage(whole=0.0)
     whole = model(9, hole)
-    module = DiffusionModule(whole, DiffusionLoss(Uniform(), UniformTimes()), torch.optim.AdamW)
+    module = DiffusionModule(whole, DiffusionLoss(Uniform(), UniformTimes(), L2()), torch.optim.AdamW)
     pair, none = torch.stack([picture(1), picture(2)]), torch.zeros(2, 2, dtype=torch.int64)
-    batch = Batch(pair, {"caption": ["a", "b"]}, none[0], keys("step", count=2), 0, none, none)
+    batch = Batch(pair, {"caption": ["a", "b"]}, none[0], keys("step", count=2), 0, none, none, none[0], 2)
     loss = module.denoising_loss(batch, conditioning_dropout=True).loss
     hole.whole = 1.0  # now everything is hidden
     assert not torch.equal(module.denoising_loss(batch, conditioning_dropout=True).loss, loss)

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from math import pi, sqrt
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,6 +9,7 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
+from ldm.conditioning.compose import Unconditional
 from ldm.config.build import build
 from ldm.config.compose import CONFIGS
 from ldm.data.batch import Batch
@@ -96,20 +96,13 @@ class Passing(nn.Module):
 
     factor, latent_channels = 1, 3
 
-    def encode(self, images: Tensor, noise: Tensor) -> Tensor:
+    def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
         return images
-
-
-class Nothing(nn.Module):
-    """A conditioner without a condition."""
-
-    def forward(self, fields: Any, keys: Any) -> SimpleNamespace:
-        return SimpleNamespace(inputs=dict)
 
 
 def trained_on(loss: DiffusionLoss, denoiser: Denoiser, n: int, side: int) -> Tensor:
     """The loss of DiffusionModule's training step on n pictures of the data."""
-    model = LatentDiffusion(denoiser, Nothing(), Passing())  # type: ignore[arg-type]
+    model = LatentDiffusion(denoiser, Unconditional(), Passing())  # type: ignore[arg-type]
     module = DiffusionModule(model, loss, optimizer=torch.optim.SGD)  # type: ignore[arg-type]
     module.log_train = lambda values, batch_size: None  # type: ignore[method-assign,assignment]
     images = STD * torch.randn(n, 3, side, side, generator=torch.Generator().manual_seed(1))
@@ -204,12 +197,14 @@ def test_learned_uncertainty_learns_the_logarithm_of_the_loss() -> None:
 
     optimizer.step(closure)  # type: ignore[arg-type]
     torch.testing.assert_close(weighting.log_variance(level), errors.log(), rtol=0, atol=0.1)
-    torch.testing.assert_close(weighting.weights(level, Epsilon()) * errors, torch.ones(200), rtol=0.1, atol=0)
+    torch.testing.assert_close(
+        weighting.weights(level, Epsilon()) * errors, torch.ones(200, dtype=torch.float64), rtol=0.1, atol=0
+    )
 
 
 def test_what_a_weighting_learns_is_trained() -> None:
     schedule, weighting = VariancePreserving(), LearnedUncertainty(UniformWeight())
-    model = LatentDiffusion(Denoiser(Exact(schedule, V()), schedule, V()), Nothing(), Passing())  # type: ignore[arg-type]
+    model = LatentDiffusion(Denoiser(Exact(schedule, V()), schedule, V()), Unconditional(), Passing())  # type: ignore[arg-type]
     module = DiffusionModule(model, loss_of(weighting), lambda p: torch.optim.SGD(p, lr=0.1))
     optimized = module.configure_optimizers()["optimizer"].param_groups[0]["params"]
     assert any(p is weighting.factors for p in optimized)

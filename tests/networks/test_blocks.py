@@ -40,7 +40,7 @@ def test_resampling_sizes() -> None:
     assert Downsample(4)(x).shape == (1, 4, 5, 3)
     assert Downsample(4, asymmetric=True)(x).shape == (1, 4, 4, 3)
     assert Upsample(4)(x).shape == (1, 4, 18, 12)
-    assert Upsample(4)(x, (17, 12)).shape == (1, 4, 17, 12)
+    assert Upsample(4)(x, size=(17, 12)).shape == (1, 4, 17, 12)
 
 
 def test_scale_shift_of_zero_is_the_block_without_embedding() -> None:

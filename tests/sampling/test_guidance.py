@@ -10,7 +10,7 @@ from ldm.config.build import build
 from ldm.config.compose import CONFIGS, compose
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.prediction import Denoised, Epsilon
-from ldm.diffusion.schedule import ScaledLinear
+from ldm.diffusion.schedule import Level, ScaledLinear
 from ldm.errors import UserError
 from ldm.sampling.autoguidance import Autoguidance
 from ldm.sampling.guidance import ClassifierFree, Guidance, of_x0
@@ -61,12 +61,16 @@ class Exact(nn.Module):
 class InDouble(Denoiser):
     """A denoiser that keeps float64, so that closed forms hold to it."""
 
-    def output(self, z: Tensor, t: Tensor, inputs: dict[str, Tensor]) -> Tensor:
+    def output(self, z: Tensor, t: Tensor, level: Level, inputs: dict[str, Tensor]) -> Tensor:
         return self.network(z, t, **inputs)
 
 
 def denoiser(spread: float = 1.0) -> InDouble:
     return InDouble(Exact(spread), SCHEDULE, Epsilon())
+
+
+def same(found: Denoised, wanted: Denoised, rtol: float, atol: float) -> None:
+    torch.testing.assert_close(tuple(found), tuple(wanted), rtol=rtol, atol=atol)
 
 
 def points(n: int = 6) -> Tensor:
@@ -125,7 +129,7 @@ def test_a_negative_prompt_is_what_it_leads_away_from() -> None:
 def test_scale_1_makes_no_unconditional_call() -> None:
     for guidance in (ClassifierFree(1.0), Projected(1.0), Rescaled(ClassifierFree(1.0)), Interval(ClassifierFree(1.0))):
         found, batches = guided(guidance)
-        torch.testing.assert_close(found, plain(CLASSES), rtol=0, atol=0)
+        same(found, plain(CLASSES), rtol=0, atol=0)
         assert batches == [6]
 
 
@@ -137,9 +141,9 @@ def test_an_interval_guides_inside_alone_and_saves_the_call_outside() -> None:
     for t, calls in ((501.0, [6]), (500.0, [12]), (201.0, [12]), (200.0, [6])):  # low < level <= high
         found, batches = guided(guidance, t)
         assert batches == calls
-        torch.testing.assert_close(found, full if t == 500.0 else found, rtol=0, atol=0)
+        same(found, full if t == 500.0 else found, rtol=0, atol=0)
         if calls == [6]:
-            torch.testing.assert_close(found, plain(CLASSES, t), rtol=0, atol=0)
+            same(found, plain(CLASSES, t), rtol=0, atol=0)
 
 
 def test_rows_at_different_levels_are_guided_each_by_its_own() -> None:
@@ -166,7 +170,7 @@ def test_rescaling_goes_its_share_of_the_way_to_the_conditional_spread(factor: f
 
 def test_projection_with_everything_kept_is_classifier_free() -> None:
     found, batches = guided(Projected(5.0, eta=1.0))
-    torch.testing.assert_close(found, guided(ClassifierFree(5.0))[0], rtol=0, atol=1e-12)
+    same(found, guided(ClassifierFree(5.0))[0], rtol=0, atol=1e-12)
     assert batches == [12]
 
 
@@ -208,7 +212,7 @@ def test_autoguidance_leads_away_from_the_weaker_model_under_the_condition() -> 
     torch.testing.assert_close(found.eps, away.eps + 2.5 * (to.eps - away.eps), rtol=0, atol=1e-12)
     assert (strong.network.batches, weak.network.batches) == ([6], [6])
     unguided = Autoguidance(ClassifierFree(1.0), weak)(strong, CONDITION, NOTHING)(points(), times(400.0))
-    torch.testing.assert_close(unguided, to, rtol=0, atol=0)
+    same(unguided, to, rtol=0, atol=0)
     assert weak.network.batches == [6]  # at scale 1 not asked
 
 
@@ -229,12 +233,12 @@ def test_wrappers_compose_in_any_order() -> None:
     one = Interval(Autoguidance(Rescaled(ClassifierFree(3.0), 0.5), weak), 0.0, high)
     other = Rescaled(Interval(Autoguidance(ClassifierFree(3.0), weak), 0.0, high), 0.5)
     for t in (400.0, 600.0):
-        torch.testing.assert_close(guided(one, t)[0], guided(other, t)[0], rtol=0, atol=0)
+        same(guided(one, t)[0], guided(other, t)[0], rtol=0, atol=0)
     to, away = plain(CLASSES), plain(CLASSES, spread=1.6)
     x0 = away.x0 + 3.0 * (to.x0 - away.x0)
     ratio = to.x0.flatten(1).std(1) / x0.flatten(1).std(1)
     wanted = of_x0(x0 * (0.5 * ratio + 0.5).view(-1, 1, 1, 1), points(), times(400.0), SCHEDULE)
-    torch.testing.assert_close(guided(one, 400.0)[0], wanted, rtol=0, atol=1e-12)
+    same(guided(one, 400.0)[0], wanted, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize(
