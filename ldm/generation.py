@@ -13,6 +13,7 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from ldm.checkpoint import write_atomic
+from ldm.conditioning.text import Fields
 from ldm.diffusion.schedule import Schedule
 from ldm.errors import UserError
 from ldm.latent_diffusion import LatentDiffusion
@@ -173,7 +174,8 @@ class Generator:
         names = requests[0].fields.keys()
         given = {name: [request.fields[name] for request in requests] for name in names}
         away = {name: [request.negative.get(name, "") for request in requests] for name in names}
-        inputs, negative = ({**texts, **shown} for texts in (given, away))
+        inputs: Fields = {**given, **shown}
+        negative: Fields = {**away, **shown}
         return given, self.conditioner(inputs, None).inputs(), self.conditioner(negative, None).inputs()
 
     def _shown(self, images: Tensor | None, masks: Tensor | None, shape: tuple[int, ...]) -> dict[str, Tensor]:
