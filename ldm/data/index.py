@@ -17,18 +17,19 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
-from numpy.lib import format as npy
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from ldm.data.columns import Column, NumberColumns, number_file
+from ldm.data.numbers import SIDES
 from ldm.data.shards import Shards, expand
-from ldm.data.tar import COLUMNS, DAMAGE, IMAGE_KINDS, PROBLEMS, ShardScan, scan_shard
-from ldm.errors import UserError
+from ldm.data.tar import COLUMNS, DAMAGE, IMAGE_KINDS, LEFT_OUT, PROBLEMS, ShardScan, scan_shard
+from ldm.errors import UserError, nearest
 
-VERSION = 1
+VERSION = 2
 POOL_bytes = 256 << 20  # less than this is read sooner than processes are started
 
 
@@ -37,7 +38,8 @@ class Manifest:
 
     Columns (memory-mapped, one entry a sample): shard, image_offset, image_size, image_kind (an index into
     IMAGE_KINDS), text_offset, text_size, json_offset, json_size (size -1: there is none), caption (0 none,
-    1 in the text, 2 in the JSON), width, height (pixels, from the JSON; 0: not known).
+    1 in the text, 2 in the JSON), width, height (pixels, from the JSON, else the picture's header; 0: not known).
+    `column` gives these two and the JSON's numbers by name.
     """
 
     def __init__(self, folder: Path, paths: Sequence[str]) -> None:
@@ -59,6 +61,7 @@ class Manifest:
         self.caption = self._column("caption")
         self.width = self._column("width")
         self.height = self._column("height")
+        self._numbers: dict[str, int] = {name: place for place, name in enumerate(facts["columns"])}
         self._key_end = self._column("key_end")
         self._key_bytes = self._column("key_bytes")
 
@@ -71,6 +74,20 @@ class Manifest:
     def _column(self, name: str) -> NDArray[Any]:
         column: NDArray[Any] = np.load(self.folder / f"{name}.npy", mmap_mode="r" if self._samples else None)
         return column
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The names of the numeric columns: width, height, and every name that has a number in a JSON part."""
+        return tuple(self._numbers)
+
+    def column(self, name: str) -> NDArray[np.float64]:
+        """A numeric column, float64, memory-mapped; NaN where a sample lacks it. true is 1, false is 0.
+
+        Raises UserError, with the nearest names, for one that there is not.
+        """
+        if name not in self._numbers:
+            raise UserError(f"the shards have no numeric column {name}; {nearest(name, self.columns)}")
+        return self._column(number_file(self.folder, self._numbers[name]).stem)
 
     def key(self, index: int) -> str:
         """The sample's webdataset key."""
@@ -89,6 +106,11 @@ class Manifest:
             if any(facts["problems"].get(kind) for kind in DAMAGE)
         ]
 
+    def findings(self) -> list[tuple[str, str]]:
+        """(shard, what was found in it) for each damaged shard and each with oversized or gigapixel samples."""
+        pairs = zip(self.paths, self.shards, strict=True)
+        return [(path, "; ".join(facts["examples"])) for path, facts in pairs if facts["examples"]]
+
 
 def index_shards(shards: Shards, out: str | Path | None = None, progress: bool = False) -> Manifest:
     """The manifest of the shards: read back where it still fits them, made otherwise.
@@ -100,8 +122,9 @@ def index_shards(shards: Shards, out: str | Path | None = None, progress: bool =
     root = os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in paths])
     names = [os.path.relpath(os.path.abspath(path), root) for path in paths]
     kept = Path(out) if out is not None else Path(root) / ".index"
-    name = _digest([VERSION, *names])[:16]
-    folder = kept / f"{name}-{_digest([(s.st_size, s.st_mtime_ns) for s in map(os.stat, paths)])[:16]}"
+    name = _digest(names)[:16]
+    states = [(s.st_size, s.st_mtime_ns) for s in map(os.stat, paths)]
+    folder = kept / f"{name}-{_digest([VERSION, *states])[:16]}"
     if not (folder / "manifest.json").is_file():
         try:
             _make(folder, paths, names, progress)
@@ -151,30 +174,6 @@ def _scans(paths: list[str], progress: bool) -> Iterator[ShardScan]:
                 yield scan
 
 
-class _Column:
-    """A one-dimensional .npy file that grows; its header is rewritten once the length is known."""
-
-    def __init__(self, path: Path, kind: type[np.generic]) -> None:
-        self.file: BinaryIO = path.open("wb")
-        self.kind = np.dtype(kind)
-        self.length = 0
-        self._header()
-
-    def _header(self) -> None:
-        """NumPy leaves room for any length of the first axis, so the header's own size does not change."""
-        facts = {"descr": npy.dtype_to_descr(self.kind), "fortran_order": False, "shape": (self.length,)}
-        npy.write_array_header_1_0(self.file, facts)
-
-    def add(self, values: NDArray[Any]) -> None:
-        self.file.write(np.ascontiguousarray(values, self.kind).tobytes())
-        self.length += len(values)
-
-    def close(self) -> None:
-        self.file.seek(0)
-        self._header()
-        self.file.close()
-
-
 def _make(folder: Path, paths: list[str], names: list[str], progress: bool) -> None:
     """Writes the manifest of the shards under another name and renames it to `folder`."""
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -199,12 +198,14 @@ def _write(folder: Path, scans: Iterator[ShardScan], names: list[str]) -> None:
         "key_end": np.int64,
         "key_bytes": np.uint8,
     }
-    columns = {name: _Column(folder / f"{name}.npy", kind) for name, kind in kinds.items()}
+    columns = {name: Column(folder / f"{name}.npy", kind) for name, kind in kinds.items()}
+    numbers = NumberColumns(folder)
     shards: list[dict[str, Any]] = []
     for number, (name, scan) in enumerate(zip(names, scans, strict=True)):
         columns["shard"].add(np.full(len(scan.keys), number))
         for column, values in scan.columns.items():
             columns[column].add(values)
+        numbers.add(len(scan.keys), {side: _known(scan.columns[side]) for side in SIDES} | scan.numbers)
         ends = np.cumsum([len(key) for key in scan.keys], dtype=np.int64)
         columns["key_end"].add(ends + columns["key_bytes"].length)
         columns["key_bytes"].add(np.frombuffer(b"".join(scan.keys), np.uint8))
@@ -219,7 +220,7 @@ def _write(folder: Path, scans: Iterator[ShardScan], names: list[str]) -> None:
                 "examples": scan.examples,
             }
         )
-    for written in columns.values():
+    for written in (*columns.values(), numbers):
         written.close()
     totals = sum((Counter(shard["problems"]) for shard in shards), Counter[str]())
     facts = {
@@ -227,27 +228,42 @@ def _write(folder: Path, scans: Iterator[ShardScan], names: list[str]) -> None:
         "samples": sum(shard["samples"] for shard in shards),
         "fingerprint": _digest([[s["name"], s["bytes"], s["samples"], s["keys"]] for s in shards]),
         "problems": {kind: totals[kind] for kind in PROBLEMS},
+        "columns": numbers.names,
+        "columns_left_out": sorted(numbers.left_out),
         "shards": shards,
     }
     (folder / "manifest.json").write_text(json.dumps(facts, indent=1))
 
 
+def _known(sides: NDArray[Any]) -> NDArray[np.float64]:
+    return np.where(sides > 0, sides, np.nan)
+
+
 def _table(manifest: Manifest) -> str:
-    """The counts, and the damaged shards with what is wrong."""
+    """The counts, and the shards with what is wrong."""
     rows: list[tuple[str, int]] = [
         ("shards", len(manifest.paths)),
         ("  damaged", len(manifest.damaged())),
         ("samples", len(manifest)),
     ]
     rows += [(f"  {kind}", count) for kind, count in manifest.problems.items()]
-    lines = [f"{name:<16}{count:>12,}" for name, count in rows]
-    lines.append(f"{'fingerprint':<16}{manifest.fingerprint[:12]:>12}")
-    lines += [f"{path}: {what}" for path, what in manifest.damaged()[:20]]
+    lines = [f"{name:<22}{count:>12,}" for name, count in rows]
+    lines.append(f"{'fingerprint':<22}{manifest.fingerprint[:12]:>12}")
+    lines += [f"column {name}: {_known_share(manifest, name)}" for name in manifest.columns]
+    lines += [f"{path}: {what}" for path, what in manifest.findings()[:20]]
     return "\n".join(lines) + "\n"
 
 
+def _known_share(manifest: Manifest, name: str) -> str:
+    """In how many samples the column is known, and its range."""
+    column = manifest.column(name)
+    known = int(np.isfinite(column).sum())
+    told = f", {np.nanmin(column):g} to {np.nanmax(column):g}" if known else ""
+    return f"{known:,} of {len(manifest):,}{told}"
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """`python -m ldm.data.index SHARDS...`; status 1 where a shard is damaged or nothing was found."""
+    """`python -m ldm.data.index SHARDS...`; status 1 where a shard has damage or left out samples, or none at all."""
     parser = argparse.ArgumentParser(prog="python -m ldm.data.index", description=__doc__)
     parser.add_argument("shards", nargs="+", help="a folder, a pattern like data/{00000..00127}.tar, files")
     parser.add_argument("--out", help="where to keep the manifest (default: .index beside the shards)")
@@ -258,7 +274,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"{error}\n")
         return 1
     sys.stdout.write(_table(manifest))
-    return 1 if manifest.damaged() or not len(manifest) else 0
+    flawed = any(manifest.problems[kind] for kind in (*DAMAGE, *LEFT_OUT))
+    return 1 if flawed or not len(manifest) else 0
 
 
 if __name__ == "__main__":

@@ -50,7 +50,12 @@ def _expand_entry(entry: str) -> list[str]:
 
 
 class ShardFile:
-    """One open shard: byte ranges of it, its size, its time of change."""
+    """One open shard: byte ranges of it, its size, its time of change.
+
+    A read that jumps costs as much as `jump_bytes` that are read in order.
+    """
+
+    jump_bytes = 16 << 10
 
     def __init__(self, path: str) -> None:
         self.path = path

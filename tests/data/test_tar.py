@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from ldm.data.members import members, split_name
 from ldm.data.shards import open_shard, write_shard
-from ldm.data.tar import DAMAGE, JSON_CAPTION, NO_CAPTION, TEXT_CAPTION, members, scan_shard, split_name
+from ldm.data.tar import DAMAGE, JSON_CAPTION, NO_CAPTION, TEXT_CAPTION, scan_shard
 
 LONG = "folder/" * 30 + "name" * 20
 
