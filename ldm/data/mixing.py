@@ -33,7 +33,8 @@ class Shares:
     def before(self, batches: int) -> Ints:
         """Samples taken from each source [D] by the first so many batches."""
         whole, rest = divmod(batches, PERIOD)
-        return whole * self._sums[-1] + self._sums[rest]
+        found: Ints = whole * self._sums[-1] + self._sums[rest]
+        return found
 
     def at(self, batch: int, positions: Ints) -> tuple[Ints, Ints]:
         """(source, place in its stream), each [P] int64, at positions [P] of a batch."""

@@ -18,7 +18,8 @@ from ldm.data.turns import Turns
 from ldm.errors import UserError
 from ldm.randomness import key
 
-STRETCHES = 64  # a window is this many stretches of consecutive samples
+STRETCHES = 64  # a window is this many stretches of consecutive samples, or more:
+LONGEST = 1024  # samples of a stretch
 CHUNK = 1 << 15  # places that are mixed at once; their words fit into a processor's cache
 
 
@@ -27,9 +28,14 @@ class Stream:
 
     def __init__(self, samples: int, window: int | None, key: int) -> None:
         self.samples = samples
-        window = min(window or samples, samples)
-        self.stretch = 1 if window == samples else max(1, window // STRETCHES)
-        self.window = window - window % self.stretch
+        self.windows = max(1, round(samples / min(window or samples, samples)))
+        share = samples // self.windows
+        if self.windows == 1:
+            self.stretch, self.stretches = 1, samples
+        else:
+            self.stretches = min(share, max(STRETCHES, -(-share // LONGEST)))
+            self.stretch = share // self.stretches
+        self.window = share  # its stretches, and what is left of the share from the end of all
         self._key = word(key)
 
     def at(self, places: Ints) -> tuple[Ints, Ints]:
@@ -44,22 +50,28 @@ class Stream:
     def _index(self, k: Ints, epochs: Ints) -> Ints:
         """The sample at place k of an epoch; `epochs` as `k`, or [1].
 
-        The place is mixed within its window; the slot that results names a stretch, and the stretches are
-        mixed over the epoch. The last stretch, which may be short, stays last, so the samples are numbered
-        from another one in each epoch.
+        The place is mixed within its window. Of S stretches in a window the i-th lies in the i-th of S equal parts
+        of the samples, so that each window holds what all of them hold. What makes no stretch is shared out one
+        by one, and fewer than one for each window stay last, so the samples are numbered from another one in each
+        epoch.
         """
         keys = fold(self._key, epochs)
         number, place = np.divmod(k, self.window)
         number = _shared(number)
         sizes = _shared(np.minimum(self.window, self.samples - number * self.window))
-        slot = number * self.window + permute(place, sizes, fold(keys, number + 2))
-        if self.window == self.samples:
+        slot = permute(place, sizes, fold(keys, number + 2))
+        if self.windows == 1:
             return slot
-        whole = np.array([self.samples // self.stretch])
-        block, inside = np.divmod(slot, self.stretch)
-        mixed = permute(np.minimum(block, whole - 1), whole, fold(keys, 0))
+        windows, core = np.array([self.windows]), self.stretches * self.stretch
+        mixed = permute(np.minimum(number, windows - 1), windows, fold(keys, 0))
+        part, inside = np.divmod(slot, self.stretch)
+        turned = (mixed + (fold(fold(keys, 2), part) >> np.uint64(1)).astype(np.int64)) % windows
+        in_stretches = (part * windows + turned) * self.stretch + inside
+        single = windows * core + (slot - core) * windows + mixed
+        found = np.where(slot < core, in_stretches, single)
+        found = np.where(number < windows, found, number * self.window + slot)
         start = (fold(keys, 1) % np.uint64(self.samples)).astype(np.int64)
-        index: Ints = (np.where(block < whole, mixed, block) * self.stretch + inside + start) % self.samples
+        index: Ints = (found + start) % self.samples
         return index
 
 
@@ -74,8 +86,9 @@ class Plan:
     samples       how many there are, or [D, B]: of each of D sources in each of B buckets; a sample's index counts
                   through the first source's buckets, then the second's, ...
     global_batch  samples of one optimizer step, over all ranks and accumulated micro-steps; all of one bucket
-    window        samples that are mixed with each other; None mixes the whole epoch. A window is 64 stretches
-                  of window / 64 consecutive samples, taken from anywhere, so that reads stay near each other.
+    window        about how many samples are mixed with each other; None mixes the whole epoch. A window is 64 or more
+                  stretches of at most 1024 consecutive samples, from equal parts of all samples, so that reads stay
+                  near each other.
     weights       of the sources; None: as many as they have samples. A source's share of a bucket's batches is
                   such that all samples of a source are visited equally often.
     """
@@ -103,10 +116,9 @@ class Plan:
         self._shares = [Shares(r, global_batch, seed, b) for b, r in enumerate(source_shares(self.samples, weights).T)]
         ends = np.cumsum(self.samples.ravel())
         self._starts = ends - self.samples.ravel()  # of each lane (source, bucket), in the samples' index
-        addresses = [(seed, "order", *([lane] if lane else [])) for lane in range(self.samples.size)]
-        self._streams = [
-            Stream(max(1, int(n)), window, key(*address))  # one without samples is never asked
-            for n, address in zip(self.samples.ravel(), addresses, strict=True)
+        self._streams = [  # one without samples is never asked
+            Stream(max(1, n), window, key(seed, "order", lane) if lane else key(seed, "order"))
+            for lane, n in enumerate(self.samples.ravel().tolist())
         ]
 
     def step(self, step: int) -> tuple[Ints, Ints]:
@@ -177,7 +189,8 @@ def bucket_masses(samples: Ints, weights: Sequence[float] | None = None) -> Ints
     if weights is None or len(samples) == 1:
         counts: Ints = samples.sum(0)
         return counts
-    return np.rint(_visits(samples, weights).sum(0) * samples.sum()).astype(np.int64)
+    masses: Ints = np.rint(_visits(samples, weights).sum(0) * samples.sum()).astype(np.int64)
+    return masses
 
 
 def source_shares(samples: Ints, weights: Sequence[float] | None = None) -> NDArray[np.float64]:

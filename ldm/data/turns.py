@@ -43,7 +43,8 @@ class Turns:
 
     def before(self, epoch: int) -> Ints:
         """How many batches of each bucket [B] come before an epoch."""
-        return epoch * self.samples // self.global_batch
+        found: Ints = epoch * self.samples // self.global_batch
+        return found
 
     def epoch(self, step: int) -> int:
         """The epoch that a global step belongs to."""
