@@ -14,7 +14,6 @@ from torch import Tensor
 
 from ldm.data.index import Manifest
 from ldm.data.picture import BadSample, MAX_bytes, Pixels, decode
-from ldm.data.shards import OpenShards
 from ldm.data.tar import JSON_CAPTION, NO_CAPTION
 from ldm.errors import UserError
 from ldm.randomness import key
@@ -99,7 +98,7 @@ class Fetcher:
         self.seed = seed
         self.require_caption = require_caption
         self._cache = _Cache(cache_bytes)
-        self._shards = OpenShards(manifest.paths)
+        self._shards = manifest.open_shards()
         self._current: set[int] = set()
 
     def __call__(self, index: int, epoch: int = 0) -> Sample:
