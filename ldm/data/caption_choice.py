@@ -6,13 +6,12 @@ from typing import Any
 
 from ldm.data.index import Manifest
 from ldm.data.picture import BadSample
-from ldm.data.tar import JSON_CAPTION, NO_CAPTION
+from ldm.data.tar import JSON_CAPTION, MAX_text_bytes, NO_CAPTION
 from ldm.errors import UserError, nearest
 from ldm.randomness import key
 
 TEXT, JSON, EMPTY = "txt", "json.", "empty"
-MAX_text_bytes = 1 << 16
-MAX_json_bytes = 1 << 20
+MAX_caption_bytes = 1 << 16
 PROBED = 64
 
 Read = Callable[[int, int, int], bytes]  # (sample, offset, size) -> bytes
@@ -78,13 +77,13 @@ class CaptionChoice:
 
     def _text(self, manifest: Manifest, read: Read, index: int) -> str:
         size = int(manifest.text_size[index])
-        if size > MAX_text_bytes:
+        if size > MAX_caption_bytes:
             raise BadSample("caption too long")
         return read(index, int(manifest.text_offset[index]), size).decode("utf-8", "replace").strip() if size > 0 else ""
 
     def _json(self, manifest: Manifest, read: Read, index: int) -> dict[str, Any]:
         size = int(manifest.json_size[index])
-        if size > MAX_json_bytes:
+        if size > MAX_text_bytes:
             raise BadSample("caption too long")
         try:
             facts = json.loads(read(index, int(manifest.json_offset[index]), size)) if size > 0 else {}
@@ -125,6 +124,6 @@ def _one(value: object, draw: int) -> str:
         texts = [text for text in value if isinstance(text, str) and text.strip()]
         value = texts[draw % len(texts)] if texts else ""
     text = value.strip() if isinstance(value, str) else ""
-    if len(text) > MAX_text_bytes:
+    if len(text) > MAX_caption_bytes:
         raise BadSample("caption too long")
     return text

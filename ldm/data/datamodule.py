@@ -16,6 +16,7 @@ from ldm.data.index import Manifest, index_shards, load_manifest
 from ldm.data.loader import StepLoader, TrainBatches, ValBatches
 from ldm.data.plan import Plan, micro_batch
 from ldm.data.quarantine import Quarantine
+from ldm.data.remote import Remote
 from ldm.data.shards import Shards
 from ldm.errors import UserError
 
@@ -32,6 +33,7 @@ class ShardSource:
     require_caption  a sample without caption is bad; false gives it the empty caption (first stages)
     allow_damaged    train on the whole samples of damaged shards
     index            folder for the manifest; None: `.index` beside the shards
+    remote           how shards behind a URL are read; None: see Remote
     """
 
     shards: Shards
@@ -40,10 +42,11 @@ class ShardSource:
     require_caption: bool = True
     allow_damaged: bool = False
     index: str | None = None
+    remote: Remote | None = None
 
     def manifest(self) -> Manifest:
         """The manifest. Raises UserError for missing, damaged or empty shards."""
-        return load_manifest(self.shards, self.allow_damaged, self.index)
+        return load_manifest(self.shards, self.allow_damaged, self.index, self.remote)
 
 
 class ShardDataModule(pl.LightningDataModule):
@@ -98,7 +101,7 @@ class ShardDataModule(pl.LightningDataModule):
         """Indexes the shards, in one process of each machine."""
         for source in (self.train, self.val):
             if source is not None:
-                index_shards(source.shards, source.index)
+                index_shards(source.shards, source.index, remote=source.remote)
 
     def setup(self, stage: str | None = None) -> None:
         """Opens the manifests and lays the plan."""

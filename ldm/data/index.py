@@ -15,7 +15,9 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,8 @@ from tqdm import tqdm
 
 from ldm.data.columns import Column, NumberColumns, number_file
 from ldm.data.numbers import SIDES
-from ldm.data.shards import Shards, expand
+from ldm.data.remote import Remote, is_remote
+from ldm.data.shards import REQUESTS, OpenShards, Shards, expand, relative_names, states
 from ldm.data.tar import COLUMNS, DAMAGE, IMAGE_KINDS, LEFT_OUT, PROBLEMS, ShardScan, scan_shard
 from ldm.errors import UserError, nearest
 
@@ -42,9 +45,10 @@ class Manifest:
     `column` gives these two and the JSON's numbers by name.
     """
 
-    def __init__(self, folder: Path, paths: Sequence[str]) -> None:
+    def __init__(self, folder: Path, paths: Sequence[str], remote: Remote | None = None) -> None:
         self.folder = folder
         self.paths = list(paths)
+        self.remote = remote
         facts = json.loads((folder / "manifest.json").read_text())
         self.fingerprint: str = facts["fingerprint"]
         self.problems: dict[str, int] = facts["problems"]
@@ -65,8 +69,8 @@ class Manifest:
         self._key_end = self._column("key_end")
         self._key_bytes = self._column("key_bytes")
 
-    def __reduce__(self) -> tuple[type["Manifest"], tuple[Path, list[str]]]:
-        return Manifest, (self.folder, self.paths)
+    def __reduce__(self) -> tuple[type["Manifest"], tuple[Path, list[str], Remote | None]]:
+        return Manifest, (self.folder, self.paths, self.remote)
 
     def __len__(self) -> int:
         return self._samples
@@ -74,6 +78,10 @@ class Manifest:
     def _column(self, name: str) -> NDArray[Any]:
         column: NDArray[Any] = np.load(self.folder / f"{name}.npy", mmap_mode="r" if self._samples else None)
         return column
+
+    def open_shards(self) -> OpenShards:
+        """The shards, to be read by the place in `paths`."""
+        return OpenShards(self.paths, remote=self.remote)
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -112,33 +120,55 @@ class Manifest:
         return [(path, "; ".join(facts["examples"])) for path, facts in pairs if facts["examples"]]
 
 
-def index_shards(shards: Shards, out: str | Path | None = None, progress: bool = False) -> Manifest:
+def index_shards(
+    shards: Shards, out: str | Path | None = None, progress: bool = False, remote: Remote | None = None
+) -> Manifest:
     """The manifest of the shards: read back where it still fits them, made otherwise.
 
-    `out` holds the manifests instead of `.index/` beside the shards. Damage is counted in the manifest.
-    Raises UserError where shards are missing or the folder cannot be written.
+    `out` holds the manifests instead of `.index/` beside the shards, or ~/.cache/ldm/index for remote ones. Damage
+    is counted in the manifest. Raises UserError where shards are missing or the folder cannot be written.
     """
     paths = expand(shards)
-    root = os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in paths])
-    names = [os.path.relpath(os.path.abspath(path), root) for path in paths]
-    kept = Path(out) if out is not None else Path(root) / ".index"
-    name = _digest(names)[:16]
-    states = [(s.st_size, s.st_mtime_ns) for s in map(os.stat, paths)]
-    folder = kept / f"{name}-{_digest([VERSION, *states])[:16]}"
+    kept, name = _home(paths, out)
+    state = states(paths, remote)
+    folder = kept / f"{name}-{_digest([VERSION, *state])[:16]}"
     if not (folder / "manifest.json").is_file():
         try:
-            _make(folder, paths, names, progress)
+            _make(folder, paths, _scans(paths, sum(size for size, _ in state), progress, remote))
         except OSError as error:
             raise UserError(f"cannot keep the index in {kept} ({error}); give another folder") from error
         for stale in kept.glob(f"{name}-*"):
             if stale != folder:
                 shutil.rmtree(stale, ignore_errors=True)
-    return Manifest(folder, paths)
+    return Manifest(folder, paths, remote)
 
 
-def load_manifest(shards: Shards, allow_damaged: bool = False, out: str | Path | None = None) -> Manifest:
+def _home(paths: list[str], out: str | Path | None) -> tuple[Path, str]:
+    """The folder of the manifests, and how the name of this list's manifest begins in it."""
+    if out is None and not any(map(is_remote, paths)):
+        root = os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in paths])
+        return Path(root) / ".index", _digest(relative_names(paths))[:16]
+    caches = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    full = [path if is_remote(path) else os.path.abspath(path) for path in paths]
+    return Path(out) if out is not None else caches / "ldm" / "index", _digest(full)[:16]
+
+
+def _indexed(shards: Shards, out: str | Path | None, remote: Remote | None) -> Manifest:
+    """The manifest; that of remote shards without asking for their state, which their readers compare."""
+    paths = expand(shards)
+    if any(map(is_remote, paths)):
+        kept, name = _home(paths, out)
+        found = [folder for folder in kept.glob(f"{name}-*") if (folder / "manifest.json").is_file()]
+        if len(found) == 1 and json.loads((found[0] / "manifest.json").read_text())["version"] == VERSION:
+            return Manifest(found[0], paths, remote)
+    return index_shards(shards, out, remote=remote)
+
+
+def load_manifest(
+    shards: Shards, allow_damaged: bool = False, out: str | Path | None = None, remote: Remote | None = None
+) -> Manifest:
     """The manifest of shards to train on. Raises UserError for damage (unless allowed) and for no samples."""
-    manifest = index_shards(shards, out)
+    manifest = _indexed(shards, out, remote)
     damaged = manifest.damaged()
     if damaged and not allow_damaged:
         listed = "\n".join(f"  {path}: {what}" for path, what in damaged[:5])
@@ -158,28 +188,29 @@ def _digest(facts: object) -> str:
     return hashlib.blake2b(json.dumps(facts).encode(), digest_size=16).hexdigest()
 
 
-def _scans(paths: list[str], progress: bool) -> Iterator[ShardScan]:
-    """The scans of the shards in order, by as many processes as the amount is worth."""
-    workers = min(len(paths), os.cpu_count() or 1)
+def _scans(paths: list[str], size_bytes: int, progress: bool, remote: Remote | None) -> Iterator[ShardScan]:
+    """The scans of the shards in order: by processes where they are large, by threads where servers answer."""
+    far = any(map(is_remote, paths))
+    workers = min(len(paths), REQUESTS if far else os.cpu_count() or 1)
+    scan = partial(scan_shard, remote=remote) if remote else scan_shard
+    pool: Executor | None = None
+    if workers > 1 and size_bytes >= POOL_bytes:
+        pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"))
+    elif workers > 1 and far:
+        pool = ThreadPoolExecutor(workers)
     bar: Any = tqdm(total=len(paths), unit="shard", disable=not progress, desc="index")
-    with bar:
-        if workers == 1 or sum(map(os.path.getsize, paths)) < POOL_bytes:
-            for scan in map(scan_shard, paths):
-                bar.update()
-                yield scan
-            return
-        with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-            for scan in pool.map(scan_shard, paths):
-                bar.update()
-                yield scan
+    with bar, pool or nullcontext():
+        for found in pool.map(scan, paths) if pool else map(scan, paths):
+            bar.update()
+            yield found
 
 
-def _make(folder: Path, paths: list[str], names: list[str], progress: bool) -> None:
+def _make(folder: Path, paths: list[str], scans: Iterator[ShardScan]) -> None:
     """Writes the manifest of the shards under another name and renames it to `folder`."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=folder.parent))
     try:
-        _write(unfinished, _scans(paths, progress), names)
+        _write(unfinished, scans, relative_names(paths))
         unfinished.chmod(0o755)
         try:
             unfinished.rename(folder)
@@ -203,8 +234,8 @@ def _write(folder: Path, scans: Iterator[ShardScan], names: list[str]) -> None:
     shards: list[dict[str, Any]] = []
     for number, (name, scan) in enumerate(zip(names, scans, strict=True)):
         columns["shard"].add(np.full(len(scan.keys), number))
-        for column, values in scan.columns.items():
-            columns[column].add(values)
+        for kind, values in scan.columns.items():
+            columns[kind].add(values)
         numbers.add(len(scan.keys), {side: _known(scan.columns[side]) for side in SIDES} | scan.numbers)
         ends = np.cumsum([len(key) for key in scan.keys], dtype=np.int64)
         columns["key_end"].add(ends + columns["key_bytes"].length)
@@ -220,8 +251,9 @@ def _write(folder: Path, scans: Iterator[ShardScan], names: list[str]) -> None:
                 "examples": scan.examples,
             }
         )
-    for written in (*columns.values(), numbers):
-        written.close()
+    for column in columns.values():
+        column.close()
+    numbers.close()
     totals = sum((Counter(shard["problems"]) for shard in shards), Counter[str]())
     facts = {
         "version": VERSION,
@@ -266,10 +298,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """`python -m ldm.data.index SHARDS...`; status 1 where a shard has damage or left out samples, or none at all."""
     parser = argparse.ArgumentParser(prog="python -m ldm.data.index", description=__doc__)
     parser.add_argument("shards", nargs="+", help="a folder, a pattern like data/{00000..00127}.tar, files")
-    parser.add_argument("--out", help="where to keep the manifest (default: .index beside the shards)")
+    parser.add_argument("--out", help="where to keep the manifest (default: .index beside local shards)")
+    parser.add_argument("--deadline-s", type=float, default=300.0, help="how long to try remote shards (300)")
     options = parser.parse_args(arguments)
     try:
-        manifest = index_shards(options.shards, options.out, progress=True)
+        remote = Remote(deadline_s=options.deadline_s)
+        manifest = index_shards(options.shards, options.out, progress=True, remote=remote)
     except UserError as error:
         sys.stderr.write(f"{error}\n")
         return 1

@@ -8,7 +8,7 @@ import zlib
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from ldm.data.shards import ShardFile
+from ldm.data.shards import Shard
 
 BLOCK_bytes = 512
 AHEAD_bytes = 4096  # a window after a jump
@@ -34,7 +34,7 @@ class Ahead:
     below that, each window is twice as long as the one before; a wider gap is jumped over.
     """
 
-    def __init__(self, shard: ShardFile) -> None:
+    def __init__(self, shard: Shard) -> None:
         self.shard = shard
         self.window = max(AHEAD_bytes, shard.jump_bytes // 16)
         self.start = 0
@@ -108,7 +108,7 @@ def _after_map(ahead: Ahead, header: bytes, data: int) -> int:
     return data
 
 
-def members(shard: ShardFile, ahead: Ahead | None = None) -> Iterator[Member]:
+def members(shard: Shard, ahead: Ahead | None = None) -> Iterator[Member]:
     """The regular files of a tar, in order. Raises TornTar where it is cut or broken."""
     ahead = ahead or Ahead(shard)
     offset, extended = 0, dict[str, str]()

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import numpy as np
 from numpy.lib.format import open_memmap
@@ -128,7 +129,7 @@ def _selection(source: Source, rules: list[RuleCount], counts: list[int], sizes:
         return Selection(counts)
     path = _file(source, "members", sizes).with_suffix(".npy")
     if not path.is_file():
-        unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+        unfinished = path.with_name(f".{path.name}.{uuid4().hex}")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             _write_members(unfinished, source, counts, sizes)
@@ -163,7 +164,7 @@ def _file(source: Source, what: str, sizes: list[Size] | None) -> Path:
 
 
 def _written(path: Path, data: bytes) -> None:
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    unfinished = path.with_name(f".{path.name}.{uuid4().hex}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         unfinished.write_bytes(data)

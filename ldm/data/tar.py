@@ -6,7 +6,7 @@ members follow one another.
 
 import hashlib
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +15,8 @@ from ldm.data.header import picture_size
 from ldm.data.members import Ahead, Member, TornTar, members, split_name
 from ldm.data.numbers import SIDES, Numbers, number
 from ldm.data.picture import MAX_bytes, MAX_pixels
-from ldm.data.shards import ShardFile, open_shard
+from ldm.data.remote import Remote
+from ldm.data.shards import Shard, open_shard
 from ldm.errors import UserError
 
 IMAGE_KINDS = ("jpg", "jpeg", "png", "webp")
@@ -171,9 +172,9 @@ def _object(described: bytes) -> dict[str, object]:
     return facts if isinstance(facts, dict) else {}
 
 
-def scan_shard(path: str) -> ShardScan:
-    """Reads a shard's headers and JSON parts once. Damage is counted, never raised."""
-    shard = open_shard(path)
+def scan_shard(path: str, remote: Remote | None = None) -> ShardScan:
+    """Reads a shard's headers and JSON parts once, a remote one's by ranges. Damage is counted, never raised."""
+    shard = open_shard(path, replace(remote, shard_cache=None) if remote else None)
     grouping = _Grouping(Ahead(shard))
     sample = _Open("")
     try:
@@ -197,7 +198,7 @@ def scan_shard(path: str) -> ShardScan:
     return _as_scan(shard, grouping)
 
 
-def _as_scan(shard: ShardFile, grouping: _Grouping) -> ShardScan:
+def _as_scan(shard: Shard, grouping: _Grouping) -> ShardScan:
     kept = [i for i, row in enumerate(grouping.rows) if row is not None]
     table = np.array([grouping.rows[i] for i in kept], dtype=np.int64).reshape(-1, len(COLUMNS))
     return ShardScan(
