@@ -6,7 +6,7 @@ from typing import Any
 
 from ldm.data.index import Manifest
 from ldm.data.picture import BadSample
-from ldm.data.tar import JSON_CAPTION, MAX_text_bytes, NO_CAPTION
+from ldm.data.tar import JSON_CAPTION, NO_CAPTION, MAX_text_bytes
 from ldm.errors import UserError, nearest
 from ldm.randomness import key
 
@@ -79,7 +79,9 @@ class CaptionChoice:
         size = int(manifest.text_size[index])
         if size > MAX_caption_bytes:
             raise BadSample("caption too long")
-        return read(index, int(manifest.text_offset[index]), size).decode("utf-8", "replace").strip() if size > 0 else ""
+        return (
+            read(index, int(manifest.text_offset[index]), size).decode("utf-8", "replace").strip() if size > 0 else ""
+        )
 
     def _json(self, manifest: Manifest, read: Read, index: int) -> dict[str, Any]:
         size = int(manifest.json_size[index])

@@ -4,23 +4,33 @@ One Lightning epoch is the whole run. The state is a few integers: the optimizer
 order of samples depends on.
 """
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 
 from ldm.data.batch import Batch
+from ldm.data.buckets import Buckets
+from ldm.data.caption_choice import CaptionChoice
+from ldm.data.decode import decoder
 from ldm.data.fetch import Fetcher, View
+from ldm.data.filters import Filter
 from ldm.data.index import Manifest, index_shards, load_manifest
 from ldm.data.loader import StepLoader, TrainBatches, ValBatches
 from ldm.data.plan import Plan, micro_batch
 from ldm.data.quarantine import Quarantine
+from ldm.data.record import write_record
 from ldm.data.remote import Remote
+from ldm.data.selection import Asked, Selection, select
 from ldm.data.shards import Shards
 from ldm.errors import UserError
 
 GiB = 1 << 30
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -34,6 +44,9 @@ class ShardSource:
     allow_damaged    train on the whole samples of damaged shards
     index            folder for the manifest; None: `.index` beside the shards
     remote           how shards behind a URL are read; None: see Remote
+    where            which samples are used, see Filter; None: all
+    captions         weights of the caption's fields, see CaptionChoice; None: the text, else the JSON's caption
+    weight           share of the samples that are trained on, where data sets are mixed; None: by their sizes
     """
 
     shards: Shards
@@ -43,10 +56,33 @@ class ShardSource:
     allow_damaged: bool = False
     index: str | None = None
     remote: Remote | None = None
+    where: str | None = None
+    captions: Mapping[str, float] | None = None
+    weight: float | None = None
 
     def manifest(self) -> Manifest:
         """The manifest. Raises UserError for missing, damaged or empty shards."""
         return load_manifest(self.shards, self.allow_damaged, self.index, self.remote)
+
+    def asked(self, name: str, manifest: Manifest) -> Asked:
+        """What is asked of the samples; `name` is for messages."""
+        return Asked(name, manifest, Filter(self.where) if self.where else None)
+
+    def fetcher(
+        self,
+        manifest: Manifest,
+        size: int | Sequence[int],
+        seed: int,
+        cache_bytes: int,
+        decode: str = "exact",
+        chosen: Selection | None = None,
+    ) -> Fetcher:
+        """Reads pictures that cover `size`; up to `cache_bytes` of them are kept decoded."""
+        view = View.of(size, self.random_crop, self.flip)
+        captions = CaptionChoice(self.captions, self.require_caption)
+        fetcher = Fetcher(manifest, view, seed, True, cache_bytes, decoder(decode), captions, chosen)
+        fetcher.check_captions()
+        return fetcher
 
 
 class ShardDataModule(pl.LightningDataModule):
@@ -61,7 +97,13 @@ class ShardDataModule(pl.LightningDataModule):
     val_samples    validation uses the first so many samples (all, where there are fewer)
     val_batch      samples of a validation batch of one rank; None: as in training
     cache_gib      memory of each loader process for decoded pictures
-    max_bad        the run ends when more than this share of the samples is bad
+    max_bad        the run ends when more than this share of the samples is bad,
+    max_bad_of_shard   or of a shard's samples
+    buckets        aspect-ratio buckets to train in, about as large as `size`; None: all at `size`
+    mixed_with     further sources by name, mixed with `train` by their weights
+    decode         how JPEGs are decoded: exact, fast or lanczos, see ldm/data/decode.py
+    threads        of each loader process (or of the rank, where it has none) that decode; 0: the process itself
+    folder         where data.json tells what was used, and quarantine.jsonl what was bad; None: nowhere
 
     Training calls `advance(steps)` with the number of steps done after each optimizer step, before anything
     saves a checkpoint: that number is what the checkpoint keeps. (A module's own `on_train_batch_end` is too
@@ -83,51 +125,93 @@ class ShardDataModule(pl.LightningDataModule):
         val_batch: int | None = None,
         cache_gib: float = 0.0,
         max_bad: float = 0.01,
+        max_bad_of_shard: float = 0.05,
+        buckets: Buckets | None = None,
+        mixed_with: Mapping[str, ShardSource] | None = None,
+        decode: str = "exact",
+        threads: int = 0,
+        folder: str | None = None,
     ) -> None:
         super().__init__()
         if total_steps < 1:
             raise UserError(f"total_steps must be at least 1, got {total_steps}")
+        decoder(decode)
         self.train, self.val = train, val
         self.size = size
         self.global_batch, self.total_steps, self.seed = global_batch, total_steps, seed
         self.workers, self.accumulation, self.window = workers, accumulation, window
         self.val_samples, self.val_batch = val_samples, val_batch
         self.cache_bytes = int(cache_gib * GiB)
-        self.max_bad = max_bad
+        self.max_bad, self.max_bad_of_shard = max_bad, max_bad_of_shard
+        self.buckets, self.decode, self.threads = buckets, decode, threads
+        self.folder = Path(folder) if folder is not None else None
+        self.sources = {"train": train, **(mixed_with or {})}
         self.steps_done = 0
         self._restored: dict[str, Any] = {}
 
+    @property
+    def sizes(self) -> list[tuple[int, int]]:
+        """The (height, width) that batches may have."""
+        size = View.of(self.size).size
+        return self.buckets.sizes(size) if self.buckets else [size]
+
     def prepare_data(self) -> None:
-        """Indexes the shards, in one process of each machine."""
-        for source in (self.train, self.val):
-            if source is not None:
-                index_shards(source.shards, source.index, remote=source.remote)
+        """Indexes the shards and selects the samples, in one process of each machine."""
+        for source in [*self.sources.values(), *([self.val] if self.val is not None else [])]:
+            index_shards(source.shards, source.index, remote=source.remote)
+        self._select([source.manifest() for source in self.sources.values()])
 
     def setup(self, stage: str | None = None) -> None:
-        """Opens the manifests and lays the plan."""
-        manifest = self.train.manifest()
-        self.train_fetcher = self._fetcher(self.train, manifest)
-        self.plan = Plan(len(manifest), self.global_batch, self.seed, self.window)
-        self.quarantine = Quarantine(manifest, self.max_bad)
+        """Opens the manifests and lays the plan. Raises UserError for what cannot be trained on."""
+        manifests = [source.manifest() for source in self.sources.values()]
+        self.used_sizes, chosen = self._select(manifests)
+        pairs = zip(self.sources.values(), manifests, chosen, strict=True)
+        self.fetchers = [self._fetcher(source, manifest, selection) for source, manifest, selection in pairs]
+        self.train_fetcher = self.fetchers[0]
+        counts = [selection.counts for selection in chosen]
+        self.plan = Plan(counts, self.global_batch, self.seed, self.window, self._weights())
+        rank = self.trainer.global_rank if self.trainer is not None else 0
+        name = f"quarantine_rank{rank}.jsonl" if rank else "quarantine.jsonl"
+        file = self.folder / name if self.folder is not None else None
+        self.quarantine = Quarantine(manifests, self.max_bad, of_shard=self.max_bad_of_shard, file=file)
+        if rank == 0:
+            write_record(self.folder, dict(zip(self.sources, self.fetchers, strict=True)), self.used_sizes, self.decode)
         if self.val is not None:
             held_out = self.val.manifest()
-            self.val_fetcher = self._fetcher(self.val, held_out)
+            _, (selection,) = select([self.val.asked("val", held_out)])
+            self.val_fetcher = self._fetcher(self.val, held_out, selection)
             self.val_quarantine = Quarantine(held_out, self.max_bad)
 
-    def _fetcher(self, source: ShardSource, manifest: Manifest) -> Fetcher:
-        view = View.of(self.size, source.random_crop, source.flip)
-        return Fetcher(manifest, view, self.seed, source.require_caption, self.cache_bytes)
+    def _select(self, manifests: Sequence[Manifest]) -> tuple[list[tuple[int, int]], list[Selection]]:
+        pairs = zip(self.sources.items(), manifests, strict=True)
+        asked = [source.asked(name, manifest) for (name, source), manifest in pairs]
+        return select(asked, self.buckets, View.of(self.size).size, self.global_batch, self._weights())
+
+    def _weights(self) -> list[float] | None:
+        """The sources' weights; None where none is given."""
+        given = {name: source.weight for name, source in self.sources.items()}
+        if all(weight is None for weight in given.values()):
+            return None
+        weights = [weight for weight in given.values() if weight is not None and 0 < weight < float("inf")]
+        if len(weights) < len(given):
+            raise UserError(f"the weights of mixed sources are {given}; give each one above 0, or none any")
+        return weights
+
+    def _fetcher(self, source: ShardSource, manifest: Manifest, chosen: Selection | None = None) -> Fetcher:
+        return source.fetcher(manifest, self.size, self.seed, self.cache_bytes, self.decode, chosen)
 
     def train_batches(self, rank: int = 0, world: int = 1, accumulation: int = 1) -> TrainBatches:
         """The batches of a rank, item i for micro-step i. After `setup`."""
-        return TrainBatches(self.train_fetcher, self.plan, self.total_steps, rank, world, accumulation)
+        at = (rank, world, accumulation)
+        sizes = self.used_sizes if self.buckets else None
+        return TrainBatches(self.fetchers, self.plan, self.total_steps, *at, sizes=sizes, threads=self.threads)
 
     def val_batches(self, rank: int = 0, world: int = 1, accumulation: int = 1) -> ValBatches:
         """The validation batches of a rank. After `setup`."""
         if self.val is None:
             raise UserError("this data has no validation shards; give val")
         batch = self.val_batch or micro_batch(self.global_batch, world, accumulation)
-        samples = min(self.val_samples, len(self.val_fetcher.manifest))
+        samples = min(self.val_samples, len(self.val_fetcher.chosen))
         if samples < world:
             raise UserError(f"{samples} validation samples for {world} ranks; give at least one for each")
         return ValBatches(self.val_fetcher, samples, batch, rank, world)
@@ -172,11 +256,16 @@ class ShardDataModule(pl.LightningDataModule):
 
     def _order(self) -> dict[str, Any]:
         """What the order of samples depends on."""
+        prints = [fetcher.manifest.fingerprint for fetcher in self.fetchers]
         return {
             "seed": self.seed,
             "global_batch": self.global_batch,
-            "window": self.window,
-            "fingerprint": self.train_fetcher.manifest.fingerprint,
+            "window": None if self.window is None else f"{self.window} in equal parts",
+            "fingerprint": " ".join(prints),
+            "where": " | ".join(source.where or "all" for source in self.sources.values()),
+            "sizes": ", ".join(f"{h}x{w}" for h, w in self.used_sizes) if self.buckets else "",
+            "samples": str(self.plan.samples.tolist()),
+            "weights": str(self._weights()),
         }
 
     def state_dict(self) -> dict[str, Any]:

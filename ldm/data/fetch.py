@@ -132,6 +132,10 @@ class Fetcher:
             pixels, left = pixels[:, ::-1], spare[1] - left  # the same crop of the mirrored picture
         return Sample(pixels, caption, index, original, (top, left))
 
+    def pictures(self, samples: Sequence[Sample]) -> dict[str, Tensor]:
+        """The pictures as tensors of a Batch, by field."""
+        return {"images": as_images(np.stack([sample.pixels for sample in samples]))}
+
     def good(
         self,
         index: int,
@@ -149,7 +153,7 @@ class Fetcher:
         places = places or range(len(self.chosen))
         while len(bad) < TRIES:
             try:
-                return self(index, epoch, size), bad
+                return (self(index, epoch) if size is None else self(index, epoch, size)), bad
             except BadSample as reason:
                 bad.append((index, str(reason)))
                 index = self.chosen[places[key(self.seed, "substitute", epoch, wanted, len(bad)) % len(places)]]
@@ -161,14 +165,18 @@ class Fetcher:
         columns = self.manifest
         if columns.image_size[index] > MAX_bytes:
             raise BadSample("too many bytes")
-        data = self.read(index, int(columns.image_offset[index]), int(columns.image_size[index]))
+        data = self._read(index, int(columns.image_offset[index]), int(columns.image_size[index]))
         return self.decode(data, size)
+
+    def check_captions(self) -> None:
+        """Raises UserError where the captions ask for a field that the samples do not have."""
+        self.captions.check(self.manifest, self._read)
 
     def caption(self, index: int, epoch: int = 0) -> str:
         """A sample's caption at a visit; BadSample where it has none and needs one."""
-        return self.captions(self.manifest, self.read, index, self.seed, epoch)
+        return self.captions(self.manifest, self._read, index, self.seed, epoch)
 
-    def read(self, index: int, offset: int, size: int) -> bytes:
+    def _read(self, index: int, offset: int, size: int) -> bytes:
         """A range of the shard that holds a sample. Raises UserError where the shard is not the one indexed."""
         number = int(self.manifest.shard[index])
         shards = self._own.shards(self.manifest)
@@ -180,7 +188,9 @@ class Fetcher:
             self._own.current.add(number)
         data = shard.read(offset, size)
         if len(data) < size:
-            raise UserError(f"{shard.path} ends before byte {offset + size}: it changed after it was indexed; start again")
+            raise UserError(
+                f"{shard.path} ends before byte {offset + size}, it changed after it was indexed; start again"
+            )
         return data
 
     def __getstate__(self) -> dict[str, Any]:

@@ -172,10 +172,10 @@ def _truth(node: ast.expr, read: dict[str, Numbers]) -> Any:
             return ~np.isnan(read[name])
         case ast.Compare(left=left, ops=ops, comparators=others):
             numbers = [_number(part, read) for part in (left, *others)]
-            found: Any = True
-            for op, a, b in zip(ops, numbers, numbers[1:], strict=False):
-                found = found & ~np.isnan(a) & ~np.isnan(b) & _COMPARE[type(op)](a, b)
-            return found
+            holds: Any = True
+            for compare, a, b in zip(ops, numbers, numbers[1:], strict=False):
+                holds = holds & ~np.isnan(a) & ~np.isnan(b) & _COMPARE[type(compare)](a, b)
+            return holds
     raise AssertionError(ast.dump(node))
 
 

@@ -22,20 +22,18 @@ AHEAD = 2  # batches that threads decode before they are asked for
 
 
 class Fetched(NamedTuple):
-    """A sample that is ready to be stacked, and (number, reason) of each that it stands for."""
+    """A sample, its pictures as a batch of one by the batch's field, and (number, reason) of each it stands for."""
 
     sample: Sample
-    image: Tensor  # [3, H, W] float32 in [-1, 1]
+    pictures: dict[str, Tensor]
     bad: Sequence[tuple[int, str]]
 
 
-def make_batch(
-    found: Sequence[Fetched], keys: Tensor, step: int, positions: Sequence[int], global_batch: int
-) -> Batch:
+def make_batch(found: Sequence[Fetched], keys: Tensor, step: int, positions: Sequence[int], global_batch: int) -> Batch:
     """The batch of B samples that were fetched."""
     samples = [entry.sample for entry in found]
     return Batch(
-        images=torch.stack([entry.image for entry in found]),
+        **{name: torch.cat([entry.pictures[name] for entry in found]) for name in found[0].pictures},
         fields={"caption": [sample.caption for sample in samples]},
         samples=torch.tensor([sample.index for sample in samples], dtype=torch.int64),
         keys=keys,
@@ -134,7 +132,7 @@ class TrainBatches(Dataset[Batch]):
         sample, bad = fetcher.good(index, epoch, size, range(same.start - first, same.stop - first))
         before = sum(len(other.manifest) for other in self.fetchers[:source])
         numbered = replace(sample, index=sample.index + before)
-        return Fetched(numbered, sample.image, [(number + before, reason) for number, reason in bad])
+        return Fetched(numbered, fetcher.pictures([sample]), [(number + before, reason) for number, reason in bad])
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_begun": {}}
@@ -161,7 +159,7 @@ class ValBatches(Dataset[Batch]):
         places = list(self.indices[number * self.batch : (number + 1) * self.batch])
         addresses = torch.tensor([key("val", place) for place in places], dtype=torch.int64)
         found = [self.fetcher.good(self.fetcher.chosen[place]) for place in places]
-        fetched = [Fetched(sample, sample.image, bad) for sample, bad in found]
+        fetched = [Fetched(sample, self.fetcher.pictures([sample]), bad) for sample, bad in found]
         return make_batch(fetched, addresses, number, places, self.samples)
 
 

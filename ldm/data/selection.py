@@ -28,7 +28,7 @@ SIZE_KNOWN = "width and height are known"
 
 
 @dataclass(frozen=True)
-class Source:
+class Asked:
     """A manifest and what is asked of its samples; `name` is for messages."""
 
     name: str
@@ -61,7 +61,7 @@ class Selection:
 
 
 def select(
-    sources: Sequence[Source],
+    sources: Sequence[Asked],
     buckets: Buckets | None = None,
     size: Size = (1, 1),
     minimum: int = 1,
@@ -88,7 +88,7 @@ def select(
     ]
 
 
-def _chunks(source: Source, with_size: bool) -> Iterator[tuple[int, list[Mask], NDArray[np.float64]]]:
+def _chunks(source: Asked, with_size: bool) -> Iterator[tuple[int, list[Mask], NDArray[np.float64]]]:
     """(start, what each rule says, log aspect ratios) of the samples, a chunk at a time."""
     manifest, where = source.manifest, source.where
     columns = where.resolve(manifest) if where else {}
@@ -103,7 +103,7 @@ def _chunks(source: Source, with_size: bool) -> Iterator[tuple[int, list[Mask], 
         yield start, masks, ratios
 
 
-def _counted(source: Source, table: Table | None) -> tuple[list[RuleCount], Ints]:
+def _counted(source: Asked, table: Table | None) -> tuple[list[RuleCount], Ints]:
     """What the rules keep, and the counts between the table's edges (without one: of all that is kept)."""
     names = [*(source.where.rules if source.where else []), *([SIZE_KNOWN] if table else [])]
     if not names:
@@ -124,7 +124,7 @@ def _counted(source: Source, table: Table | None) -> tuple[list[RuleCount], Ints
     return count_rules(names, facts["passed"]), np.array(facts["counts"])
 
 
-def _selection(source: Source, rules: list[RuleCount], counts: list[int], sizes: list[Size] | None) -> Selection:
+def _selection(source: Asked, rules: list[RuleCount], counts: list[int], sizes: list[Size] | None) -> Selection:
     if not rules:
         return Selection(counts)
     path = _file(source, "members", sizes).with_suffix(".npy")
@@ -141,7 +141,7 @@ def _selection(source: Source, rules: list[RuleCount], counts: list[int], sizes:
     return Selection(counts, rules, path)
 
 
-def _write_members(path: Path, source: Source, counts: list[int], sizes: list[Size] | None) -> None:
+def _write_members(path: Path, source: Asked, counts: list[int], sizes: list[Size] | None) -> None:
     kind = np.int32 if len(source.manifest) < 1 << 31 else np.int64
     members = open_memmap(path, "w+", kind, (sum(counts),))
     cuts = edges(sizes) if sizes else np.zeros(0)
@@ -156,7 +156,7 @@ def _write_members(path: Path, source: Source, counts: list[int], sizes: list[Si
     members.flush()
 
 
-def _file(source: Source, what: str, sizes: list[Size] | None) -> Path:
+def _file(source: Asked, what: str, sizes: list[Size] | None) -> Path:
     where = source.where
     facts = [where.text, where.resolve(source.manifest)] if where else []
     digest = hashlib.blake2b(json.dumps([facts, sizes]).encode(), digest_size=8).hexdigest()
