@@ -11,6 +11,8 @@ from typing import NamedTuple
 from ldm.data.shards import Shard
 
 BLOCK_bytes = 512
+REGULAR = frozenset(b"0\x007")  # kinds of members that are files
+END = bytes(BLOCK_bytes)  # an end-of-archive block
 AHEAD_bytes = 4096  # a window after a jump
 WINDOW_bytes = 8 << 20  # a window of a file that is read from end to end
 
@@ -112,10 +114,10 @@ def members(shard: Shard, ahead: Ahead | None = None) -> Iterator[Member]:
     """The regular files of a tar, in order. Raises TornTar where it is cut or broken."""
     ahead = ahead or Ahead(shard)
     offset, extended = 0, dict[str, str]()
-    while (header := ahead.read(offset, BLOCK_bytes)) != bytes(BLOCK_bytes):
+    while (header := ahead.read(offset, BLOCK_bytes)) != END:
         _check(header, offset, shard.size)
         kind, data = header[156], offset + BLOCK_bytes
-        regular = kind in b"0\x007"
+        regular = kind in REGULAR
         size = int(extended["size"]) if extended and regular and "size" in extended else _number(header[124:136])
         name = (extended.get("path") if extended else None) or _name(header)
         if kind == ord("S"):
@@ -137,7 +139,7 @@ def members(shard: Shard, ahead: Ahead | None = None) -> Iterator[Member]:
 
 def split_name(name: str) -> tuple[str, str] | None:
     """(key, extension) as webdataset splits a member's name; None for what it leaves out."""
-    folder, slash, base = name.rpartition("/")
+    folder, slash, base = name.rpartition("/") if "/" in name else ("", "", name)
     stem, dot, extension = base.partition(".")
     if not stem or not dot or (stem.startswith("__") and stem.endswith("__")):
         return None

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 WORDS = frozenset({"caption", "key"})  # text, even where it looks like a number
 SIDES = ("width", "height")  # these have columns of their own
 MISSING = frozenset({"", "null", "none", "nan", "n/a"})
+LARGE = 1 << 62  # an integer beyond this may have no float
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 
 
@@ -40,10 +41,10 @@ class Numbers:
         row: dict[str, float] = {}
         for name, value in facts.items():
             kind = type(value)
-            if kind is float:
+            if kind is float or kind is bool:
                 row[name] = value  # type: ignore[assignment]
-            elif kind is int or kind is bool:
-                row[name] = number(value)
+            elif kind is int:
+                row[name] = value if -LARGE < value < LARGE else number(value)  # type: ignore[assignment,operator]
             elif kind is str and name not in self._texts:
                 self._string(name, value)  # type: ignore[arg-type]
         self.rows.append(row)

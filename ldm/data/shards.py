@@ -3,6 +3,7 @@
 A path is local or a URL; `open_shard` alone knows which, everything else takes a Shard.
 """
 
+import errno
 import io
 import os
 import tarfile
@@ -15,12 +16,13 @@ from typing import Protocol
 
 from braceexpand import braceexpand
 
-from ldm.data.remote import Remote, RemoteShard, file_system, is_remote, remote_state
+from ldm.data.remote import Remote, RemoteShard, Transient, file_system, is_remote, persistently, remote_state
 from ldm.data.shard_cache import GiB, ShardCache
 from ldm.errors import UserError
 
 Shards = str | Path | Sequence[str | Path]
 REQUESTS = 16  # to servers at once
+PASSING = frozenset({errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN})
 
 
 def expand(shards: Shards) -> list[str]:
@@ -117,20 +119,36 @@ class Shard(Protocol):
 
 
 class ShardFile:
-    """A local shard."""
+    """A local shard; what passes by on network file systems is tried again like a remote shard's failures."""
 
     jump_bytes = 16 << 10
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, remote: Remote | None = None) -> None:
         self.path = path
         self._fd = os.open(path, os.O_RDONLY)
         stat = os.fstat(self._fd)
         self.size = stat.st_size
         self.mtime_ns = stat.st_mtime_ns
+        self.remote = remote or Remote()
 
     def read(self, offset: int, size: int) -> bytes:
         """The bytes [offset, offset + size), fewer where the file ends before."""
-        return os.pread(self._fd, size, offset)
+        try:
+            return os.pread(self._fd, size, offset)
+        except OSError as error:
+            if error.errno not in PASSING:
+                raise
+        return persistently(self.path, lambda left: self._read_anew(offset, size), self.remote)
+
+    def _read_anew(self, offset: int, size: int) -> bytes:
+        """One try with the file opened again, as a stale handle stays stale."""
+        try:
+            with open(self.path, "rb", buffering=0) as file:
+                return os.pread(file.fileno(), size, offset)
+        except OSError as error:
+            if error.errno not in PASSING:
+                raise
+            raise Transient(f"{type(error).__name__}: {error}") from error
 
     def close(self) -> None:
         if self._fd >= 0:
@@ -148,7 +166,7 @@ _remembered = lru_cache(maxsize=1 << 17)(remote_state)  # a copy's shard is aske
 def open_shard(path: str, remote: Remote | None = None) -> Shard:
     """The shard at a path or URL, open for reading. The one place that knows what kind of path it is."""
     if not is_remote(path):
-        return ShardFile(path)
+        return ShardFile(path, remote)
     remote = remote or Remote()
     if remote.shard_cache is None:
         return RemoteShard(path, remote)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from ldm.data.header import picture_size
 from ldm.data.members import Ahead, Member, TornTar, members, split_name
-from ldm.data.numbers import SIDES, Numbers, number
+from ldm.data.numbers import Numbers, number
 from ldm.data.picture import MAX_bytes, MAX_pixels
 from ldm.data.remote import Remote
 from ldm.data.shards import Shard, open_shard
@@ -60,11 +60,12 @@ class ShardScan:
         return hashlib.blake2b(b"\n".join(self.keys), digest_size=16).hexdigest()
 
 
-@dataclass
+@dataclass(slots=True)
 class _Open:
     """The sample whose members are passing by."""
 
     key: str
+    start: str = ""  # of the names of its members
     parts: dict[str, Member] = field(default_factory=dict)
     repeated: str = ""  # an extension that came twice
     image: str = ""  # the extension of its first picture
@@ -79,14 +80,16 @@ class _Grouping:
     ahead: Ahead
     rows: list[tuple[int, ...] | None] = field(default_factory=list)
     keys: list[str] = field(default_factory=list)
+    blind: set[str] = field(default_factory=set)  # keys without a picture
     numbers: Numbers = field(default_factory=Numbers)
-    seen: dict[str, tuple[int | None, frozenset[str]]] = field(default_factory=dict)
+    seen: dict[str, tuple[int | None, dict[str, Member]]] = field(default_factory=dict)
     problems: dict[str, int] = field(default_factory=lambda: dict.fromkeys(PROBLEMS, 0))
     examples: list[str] = field(default_factory=list)
 
     def problem(self, kind: str, what: str) -> None:
+        """Counts one of DAMAGE or LEFT_OUT."""
         self.problems[kind] += 1
-        if (kind in DAMAGE or kind in LEFT_OUT) and len(self.examples) < 5:
+        if len(self.examples) < 5:
             self.examples.append(f"{kind}: {what}")
 
     def add(self, sample: _Open, extension: str, member: Member) -> None:
@@ -103,19 +106,20 @@ class _Grouping:
     def close(self, sample: _Open) -> None:
         """Ends a sample: it becomes a row, or a problem."""
         key, parts = sample.key, sample.parts
-        row, extensions = self.seen.get(key, (None, frozenset[str]()))
-        if sample.repeated or extensions & parts.keys():
-            twice = sample.repeated or min(extensions & parts.keys())
-            self.problem("duplicate", f"{key}.{twice} is there twice")
-        elif extensions:
-            self.problem("interleaved", f"the parts of {key} do not follow one another")
-        if sample.repeated or extensions:  # neither copy is to be trusted
+        if sample.repeated or key in self.seen:  # neither copy is to be trusted
+            row, before = self.seen.get(key, (None, {}))
+            both = before.keys() & parts.keys()
+            if sample.repeated or both:
+                self.problem("duplicate", f"{key}.{sample.repeated or min(both)} is there twice")
+            else:
+                self.problem("interleaved", f"the parts of {key} do not follow one another")
             if row is not None:
                 self.rows[row] = None
-            self.seen[key] = (None, extensions | parts.keys())
+            self.seen[key] = (None, before | parts)
+            self.blind.discard(key)
             return
         columns = self._columns(sample)
-        self.seen[key] = (None if columns is None else len(self.rows), frozenset(parts))
+        self.seen[key] = (None if columns is None else len(self.rows), parts)
         if columns is not None:
             self.rows.append(columns)
             self.keys.append(key)
@@ -124,7 +128,7 @@ class _Grouping:
         """One row in the order of COLUMNS; None for what is left out. An absent part has size -1."""
         key, parts = sample.key, sample.parts
         if not sample.image:
-            self.problem("no picture", key)
+            self.blind.add(key)
             return None
         absent = Member("", 0, -1)
         picture, text, described = parts[sample.image], parts.get("txt", absent), parts.get("json", absent)
@@ -139,34 +143,31 @@ class _Grouping:
             return None
         spoken = isinstance(facts.get("caption"), str) and bool(facts["caption"])
         caption = TEXT_CAPTION if text.size > 0 else JSON_CAPTION if spoken else NO_CAPTION
-        if caption == NO_CAPTION:
-            self.problem("no caption", key)
         self.numbers.add(facts)
         places = (text.offset, text.size, described.offset, described.size)
         return (picture.offset, picture.size, IMAGE_KINDS.index(sample.image), *places, caption, width, height)
 
     def _size(self, sample: _Open, picture: Member, facts: dict[str, object]) -> tuple[int, int]:
         """(width, height) as the JSON states them, else as the picture's header does; (0, 0): not known."""
-        stated = [number(facts.get(side)) for side in SIDES]
-        if picture.size > 0 and min(stated) >= 1 and stated[0] * stated[1] <= MAX_pixels:
-            return int(stated[0]), int(stated[1])
+        width, height = facts.get("width"), facts.get("height")
+        if not (type(width) is int and type(height) is int):
+            width, height = number(width), number(height)
+        if picture.size > 0 and width >= 1 and height >= 1 and width * height <= MAX_pixels:
+            return int(width), int(height)
 
         def read(offset: int, size: int) -> bytes:
             if offset + size <= len(sample.head):
                 return sample.head[offset : offset + size]
             return self.ahead.shard.read(picture.offset + offset, max(0, min(size, picture.size - offset)))
 
-        found = picture_size(read)
-        if found is None:
-            self.problem("unreadable picture", picture.name)
-        return found or (0, 0)
+        return picture_size(read) or (0, 0)
 
 
 def _object(described: bytes) -> dict[str, object]:
     if not described:
         return {}
     try:
-        facts = json.loads(described)
+        facts = json.loads(str(described, "utf-8"))
     except (ValueError, RecursionError):
         return {}
     return facts if isinstance(facts, dict) else {}
@@ -179,13 +180,18 @@ def scan_shard(path: str, remote: Remote | None = None) -> ShardScan:
     sample = _Open("")
     try:
         for member in members(shard, grouping.ahead):
-            named = split_name(member.name)
+            name = member.name
+            if sample.start and name.startswith(sample.start):  # as most are: the key is known
+                extension = name[len(sample.start) :]
+                if "/" not in extension:
+                    grouping.add(sample, extension.lower(), member)
+                    continue
+            named = split_name(name)
             if named is None:
                 continue
-            if named[0] != sample.key:
-                if sample.parts:
-                    grouping.close(sample)
-                sample = _Open(named[0])
+            if sample.parts:
+                grouping.close(sample)
+            sample = _Open(named[0], named[0] + ".")
             grouping.add(sample, named[1], member)
         if sample.parts:
             grouping.close(sample)
@@ -201,13 +207,19 @@ def scan_shard(path: str, remote: Remote | None = None) -> ShardScan:
 def _as_scan(shard: Shard, grouping: _Grouping) -> ShardScan:
     kept = [i for i, row in enumerate(grouping.rows) if row is not None]
     table = np.array([grouping.rows[i] for i in kept], dtype=np.int64).reshape(-1, len(COLUMNS))
+    columns = {name: table[:, i].astype(kind) for i, (name, kind) in enumerate(COLUMNS.items())}
+    counted = {
+        "no picture": len(grouping.blind),
+        "unreadable picture": int((columns["width"] == 0).sum()),
+        "no caption": int((columns["caption"] == NO_CAPTION).sum()),
+    }
     return ShardScan(
         path=shard.path,
         size_bytes=shard.size,
         mtime_ns=shard.mtime_ns,
-        columns={name: table[:, i].astype(kind) for i, (name, kind) in enumerate(COLUMNS.items())},
+        columns=columns,
         numbers=grouping.numbers.columns(kept),
         keys=[grouping.keys[i].encode() for i in kept],
-        problems=grouping.problems,
+        problems=grouping.problems | counted,
         examples=grouping.examples,
     )

@@ -60,6 +60,11 @@ def test_names_split_as_in_webdataset() -> None:
         assert split_name(name) is None
 
 
+def test_a_folder_may_begin_with_the_key_before_it(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.tar", [*triple("a"), *triple("a.b/c"), ("a.b/c.d/e.jpg", b"x")])
+    assert scan_shard(path).keys == [b"a", b"a.b/c", b"a.b/c.d/e"]
+
+
 def test_offsets_point_at_the_parts(tmp_path: Path) -> None:
     described = json.dumps({"caption": "from json", "width": 30, "height": 20}).encode()
     path = write(tmp_path / "a.tar", [*triple("a"), ("a.json", described), ("b.webp", b"bb"), ("b.json", described)])

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-FAULTS = ("500", "503", "429", "reset", "stall", "short")
+FAULTS = ("500", "503", "429", "reset", "stall", "short", "less")
 
 
 @dataclass
@@ -49,7 +49,8 @@ def _handler(folder: Path, served: Served, fault: Callable[[int], str | None]) -
             elif not path.is_file():
                 self._answer(404, {}, b"nothing")
             else:
-                self._range(path, int(first), int(last), cut=kind == "short")
+                less = (int(last) - int(first)) // 2 if kind == "less" else 0
+                self._range(path, int(first), int(last) - less, cut=kind == "short")
 
         def _range(self, path: Path, first: int, last: int, cut: bool) -> None:
             total = path.stat().st_size

@@ -1,5 +1,6 @@
 """Remote shards: the same bytes as local ones through every failure that passes by, a clear stop at others."""
 
+import errno
 import multiprocessing
 import os
 import pickle
@@ -56,7 +57,8 @@ def test_what_passes_by_changes_neither_bytes_nor_order(tmp_path: Path, kind: st
 @pytest.mark.parametrize("kind", FAULTS)
 def test_what_does_not_pass_by_stops_at_the_deadline(tmp_path: Path, kind: str) -> None:
     shards(tmp_path, 2)
-    told = {"reset": "Connection", "stall": "imed out", "short": "bytes"}.get(kind, f"status {kind}")
+    words = {"reset": "Connection", "stall": "imed out", "short": "broke", "less": "in place of 10240"}
+    told = words.get(kind, f"status {kind}")
     with serving(tmp_path, lambda number: kind if number >= 1 else None) as served:
         shard = open_shard(f"{served.url}/00000.tar", Remote(deadline_s=0.5, timeout_s=0.2))
         with pytest.raises(UserError, match=rf"00000.tar could not be read: .*{told}.* \(\d+ tries in .*deadline"):
@@ -75,6 +77,24 @@ def test_what_is_refused_stops_at_once(tmp_path: Path, status: str) -> None:
     assert len(served.asked) == 1
 
 
+@pytest.mark.parametrize("kind", [errno.EIO, errno.ESTALE, errno.ETIMEDOUT])
+def test_what_passes_by_on_local_disks_is_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: int
+) -> None:
+    shard = open_shard(f"{shards(tmp_path, 2)}/00000.tar", Remote(deadline_s=0.5))
+    expected, real, failures = shard.read(0, 600), os.pread, iter([True, True, False])
+
+    def failing(*arguments: int) -> bytes:
+        if next(failures, True):
+            raise OSError(kind, os.strerror(kind))
+        return real(*arguments)
+
+    monkeypatch.setattr(os, "pread", failing)
+    assert shard.read(0, 600) == expected
+    with pytest.raises(UserError, match=r"00000.tar could not be read: .*tries in"):
+        shard.read(0, 600)
+
+
 def test_a_server_asks_for_patience(monkeypatch: pytest.MonkeyPatch) -> None:
     waited: list[float] = []
     monkeypatch.setattr(remote_module.time, "sleep", waited.append)
@@ -89,6 +109,23 @@ def test_a_server_asks_for_patience(monkeypatch: pytest.MonkeyPatch) -> None:
 
     assert remote_module.persistently("url", attempt, Remote()) == "done"
     assert waited == [0.5, 1.0, 7.0, 4.0]
+
+
+def test_the_deadline_counts_the_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [100.0]
+    monkeypatch.setattr(remote_module.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(remote_module.time, "sleep", lambda seconds: clock.append(clock.pop() + seconds))
+    monkeypatch.setattr(remote_module, "FIRST_delay_s", 0.5)
+    monkeypatch.setattr(remote_module, "LAST_delay_s", 2.0)
+    left: list[float] = []
+
+    def attempt(seconds: float) -> None:
+        left.append(seconds)
+        raise remote_module.Transient("busy")
+
+    with pytest.raises(UserError, match=r"u could not be read: busy \(7 tries in 10 s, the deadline is 10.5 s\)"):
+        remote_module.persistently("u", attempt, Remote(deadline_s=10.5))
+    assert left == [10.5, 10.0, 9.0, 7.0, 5.0, 3.0, 1.0]
 
 
 def test_a_server_without_ranges_is_refused(tmp_path: Path) -> None:
@@ -191,7 +228,7 @@ def test_a_copy_of_a_shard_that_changed_is_fetched_anew(tmp_path: Path) -> None:
         open_shard(url, remote)
         shards(folder, 9)
         shards_module._remembered.cache_clear()
-        assert len(parts(url, remote)) == 9
+        assert parts(url, remote) == parts(f"{folder}/00000.tar") and len(parts(url, remote)) == 9
 
 
 def test_an_abandoned_download_is_cleared_away(tmp_path: Path) -> None:
@@ -234,3 +271,46 @@ def test_processes_share_one_download(tmp_path: Path) -> None:
     loads = [last for _, first, last in served.asked if first == 0 and last > 0]
     assert len(loads) == 4 + 1  # each scans by ranges once, one of them loads the shard
     assert ShardCache(tmp_path / "cache", GiB)._place(url).is_file()
+
+
+def test_the_shipped_config_has_the_knobs() -> None:
+    from ldm.config.build import build
+    from ldm.config.check import check
+    from ldm.config.compose import compose
+
+    overrides = ["data.train.shards=s", "data.val.shards=v", "run_folder=x", "name=x", "trainer.max_steps=3"]
+    data = compose("train", [*overrides, "data.train.remote.shard_cache=c"]).data
+    check(data)
+    built = build(data)
+    assert built.train.remote == built.val.remote == Remote(shard_cache="c")
+    assert build(compose("train", overrides).data).train.remote == Remote()
+
+
+@pytest.mark.parametrize("knob", ["deadline_s", "timeout_s", "shard_cache_gib"])
+def test_knobs_are_above_zero(knob: str) -> None:
+    with pytest.raises(UserError, match=f"{knob} must be above 0, got 0"):
+        Remote(**{knob: 0})
+
+
+def test_a_sample_of_a_shard_that_changed_on_its_server_is_refused(tmp_path: Path) -> None:
+    from ldm.data.fetch import Fetcher, View
+
+    folder = Path(shards(tmp_path / "s", 5))
+    with serving(folder) as served:
+        url = f"{served.url}/00000.tar"
+        assert Fetcher(load_manifest(url, remote=QUICK), View.of(8))(4).caption == "picture 4"
+        shards(folder, 6)
+        fetcher = Fetcher(load_manifest(url, remote=QUICK), View.of(8))
+        with pytest.raises(UserError, match=r"00000.tar changed after it was indexed"):
+            fetcher(0)
+        assert len(index_shards(url, remote=QUICK)) == 6
+
+
+def test_what_passes_by_is_no_bad_sample(tmp_path: Path) -> None:
+    from ldm.data.fetch import Fetcher, View
+
+    folder = Path(shards(tmp_path / "s", 5))
+    with serving(folder) as served:
+        manifest = load_manifest(f"{served.url}/00000.tar", remote=Remote(deadline_s=0.3, timeout_s=0.2))
+    with pytest.raises(UserError, match="could not be read"):  # the server is gone
+        Fetcher(manifest, View.of(8)).good(0)
