@@ -12,6 +12,8 @@ from ldm.data.shards import Shard
 
 BLOCK_bytes = 512
 REGULAR = frozenset(b"0\x007")  # kinds of members that are files
+BLANKS = 8 * ord(" ") - 1
+DIGITS = frozenset(b"01234567")
 END = bytes(BLOCK_bytes)  # an end-of-archive block
 AHEAD_bytes = 4096  # a window after a jump
 WINDOW_bytes = 8 << 20  # a window of a file that is read from end to end
@@ -94,10 +96,10 @@ def _check(header: bytes, offset: int, end: int) -> None:
         raise TornTar(f"the file ends at byte {end} without an end-of-archive block")
     field = header[148:156]
     try:
-        stated = _number(field)
+        stated = int(field.rstrip(b" \0") or b"0", 8)
     except ValueError:
         stated = -1
-    if ((zlib.adler32(header) & 0xFFFF) - 1 - sum(field) + 8 * ord(" ") - stated) % 65521 or stated < 0:
+    if ((zlib.adler32(header) & 0xFFFF) + BLANKS - sum(field) - stated) % 65521 or stated < 0:
         raise TornTar(f"byte {offset} is no tar header")
 
 
@@ -118,7 +120,12 @@ def members(shard: Shard, ahead: Ahead | None = None) -> Iterator[Member]:
         _check(header, offset, shard.size)
         kind, data = header[156], offset + BLOCK_bytes
         regular = kind in REGULAR
-        size = int(extended["size"]) if extended and regular and "size" in extended else _number(header[124:136])
+        if extended and regular and "size" in extended:
+            size = int(extended["size"])
+        elif header[135] == 0 and header[124] in DIGITS:  # as nearly all are
+            size = int(header[124:135], 8)
+        else:
+            size = _number(header[124:136])
         name = (extended.get("path") if extended else None) or _name(header)
         if kind == ord("S"):
             data = _after_map(ahead, header, data)

@@ -49,7 +49,7 @@ def expand(shards: Shards) -> list[str]:
 def _expand_entry(entry: str) -> list[str]:
     """The paths of one entry; a folder gives its tar files, also one behind a URL whose files can be listed."""
     if entry.startswith("pipe:"):
-        raise UserError(f"the shards of {entry} cannot be indexed; stream them with data=stream")
+        raise UserError(f"the shards of {entry} cannot be indexed; stream them (dataset@data=stream)")
     if is_remote(entry) and (entry.startswith("http") or ".tar" in entry):
         return list(braceexpand(entry))
     if is_remote(entry):

@@ -303,7 +303,7 @@ class StreamDataModule(ShardDataModule):
     def setup(self, stage: str | None = None) -> None:
         """Opens the validation manifest and counts from nothing."""
         log.warning(
-            "data=stream: shards are drawn at random and read in order; a resumed run goes on with other samples than "
+            "training data is a stream: shards are drawn at random, and a resumed run goes on with other samples than "
             "the ones that would have come, and some come more often than others. Index the shards if you can"
         )
         manifest = self.held_out.manifest()
