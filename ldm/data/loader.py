@@ -4,14 +4,13 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.distributed import DistributedSampler
 
 from ldm.data.batch import Batch
-from ldm.data.fetch import Fetcher, as_images
+from ldm.data.fetch import Fetcher
 from ldm.data.plan import Plan, micro_batch
 from ldm.randomness import key, keys
 
@@ -29,7 +28,7 @@ def make_batch(
     found = [fetcher.good(index, epoch) for index, epoch in zip(indices, epochs, strict=True)]
     samples = [sample for sample, _ in found]
     return Batch(
-        images=as_images(np.stack([sample.pixels for sample in samples])),
+        **fetcher.pictures(samples),
         fields={"caption": [sample.caption for sample in samples]},
         samples=torch.tensor([sample.index for sample in samples], dtype=torch.int64),
         keys=keys,
