@@ -101,7 +101,7 @@ def build_job(config: DictConfig, folder: Path, order: int, models: dict[str, Pa
     module = cast(TrainingModule, build(config.tasks[config.task]))
     load_weights(config, module, models, inherited)
     if isinstance(module, DiffusionModule):
-        use_latents(config, datamodule, module.latent_diffusion.first_stage)
+        use_latents(config, datamodule, module.latent_diffusion)
     module.to(memory_format=torch.channels_last)  # what convolutions are fastest in, on CPUs and GPUs alike
     if config.compile:
         module.compile_networks()

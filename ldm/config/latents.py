@@ -16,19 +16,21 @@ from typing import Any, cast
 import torch
 from omegaconf import DictConfig
 
+from ldm.conditioning.text import Conditioner
 from ldm.config.check import build
 from ldm.config.compose import completed, compose, register_resolvers
 from ldm.config.devices import devices_of, pick_device
 from ldm.config.processes import launched
 from ldm.config.sources import load_first_stage
 from ldm.config.stages import stage_config
-from ldm.data.cache import Work, write_latents
+from ldm.data.cache import Encoders, Work, write_latents
 from ldm.data.datamodule import ShardDataModule, ShardSource, Source
 from ldm.data.fetch import View
 from ldm.data.latents import LatentRecord
 from ldm.data.shards import expand
 from ldm.errors import UserError
 from ldm.first_stage.autoencoder import FirstStage
+from ldm.latent_diffusion import LatentDiffusion
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +38,7 @@ BATCH_pixels = {"cuda": 1 << 23, "cpu": 1 << 19}
 """Pixels that are encoded at once."""
 
 
-def use_latents(config: DictConfig, datamodule: ShardDataModule, first_stage: FirstStage) -> None:
+def use_latents(config: DictConfig, datamodule: ShardDataModule, model: LatentDiffusion) -> None:
     """Lets a stage train from cached latents where its knob `latents` says so; what is missing is made first.
 
     Processes that torchrun or SLURM started share the work.
@@ -46,19 +48,24 @@ def use_latents(config: DictConfig, datamodule: ShardDataModule, first_stage: Fi
     rank, world, local = launched()
     device = pick_device("auto")
     device = torch.device("cuda", local) if device.type == "cuda" else device
-    latents = _Latents(config, first_stage, device)
+    latents = _Latents(config, model.first_stage, model.conditioner, device)
     datamodule.train = latents.of(datamodule.train, rank, world)
     if datamodule.val is not None:
         datamodule.val = latents.of(datamodule.val, rank, world)
 
 
 class _Latents:
-    """Makes a stage's latents on one device."""
+    """Makes a stage's latents, and the states of its frozen text encoders where asked, on one device."""
 
-    def __init__(self, config: DictConfig, first_stage: FirstStage, device: torch.device) -> None:
+    def __init__(
+        self, config: DictConfig, first_stage: FirstStage, conditioner: Conditioner | None, device: torch.device
+    ) -> None:
         self.config = config
         self.fingerprint = first_stage.fingerprint()
         self.first_stage = first_stage
+        self.encoders = conditioner.encoders() if conditioner is not None and config.latent_text else {}
+        if config.latent_text and not self.encoders:
+            raise UserError("latent_text=true: this conditioner has no frozen text encoder; give latent_text=false")
         self.device = device
 
     def of(self, source: Source, rank: int, world: int) -> Source:
@@ -76,20 +83,29 @@ class _Latents:
             source.random_crop,
             source.flip,
             self.config.seed,
+            tuple(sorted(self.encoders)),
         )
         batch = max(1, BATCH_pixels[self.device.type] // (height * width * record.variants))
         work = Work(rank, world, batch, self.config.data.workers, self.config.data.max_bad)
         folder = _beside(source) if self.config.latents == "auto" else Path(self.config.latents)
-        before = next(self.first_stage.parameters()).device
-        self.first_stage.to(self.device)
-        made = write_latents(source, record, self._encode, folder / record.name, work, progress=rank == 0)
-        self.first_stage.to(before)
+        parts: list[torch.nn.Module] = [self.first_stage, *self.encoders.values()]
+        before = [next(part.parameters()).device for part in parts]
+        for part in parts:
+            part.to(self.device)
+        encoders = Encoders(self._images, self._texts if self.encoders else None)
+        made = write_latents(source, record, encoders, folder / record.name, work, progress=rank == 0)
+        for part, device in zip(parts, before, strict=True):
+            part.to(device)
         log.info("latents: %s", made.shards)
         return made
 
     @torch.inference_mode()
-    def _encode(self, images: torch.Tensor) -> torch.Tensor:
+    def _images(self, images: torch.Tensor) -> torch.Tensor:
         return self.first_stage.moments(images.to(self.device, memory_format=torch.channels_last))
+
+    @torch.inference_mode()
+    def _texts(self, captions: list[str]) -> dict[str, torch.Tensor]:
+        return {name: states for encoder in self.encoders.values() for name, states in encoder.states(captions).items()}
 
 
 def _beside(source: ShardSource) -> Path:
@@ -165,8 +181,8 @@ def _share(overrides: list[str], device: str, rank: int, world: int) -> None:
     for config in configs:
         if config.latents is None:
             raise UserError("latents: not given; give latents=auto (beside the shards) or latents=FOLDER")
-        first_stage = load_first_stage(config)
-        latents = _Latents(config, first_stage, pick_device(device))
+        conditioner = cast(Conditioner, build(config.conditioner, "conditioner")) if config.latent_text else None
+        latents = _Latents(config, load_first_stage(config), conditioner, pick_device(device))
         for name in ("train", "val"):
             if config.data.get(name) is not None:
                 latents.of(cast(Source, build(config.data[name])), rank, world)

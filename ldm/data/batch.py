@@ -10,7 +10,7 @@ class Batch(NamedTuple):
     """What one rank trains on in one micro-step. B is the micro-batch; moving it moves every tensor."""
 
     images: Tensor  # [B, 3, H, W] float32 in [-1, 1]; [B, 0, H, W] where latents were made beforehand
-    fields: dict[str, list[str]]  # "caption" and whatever other text a conditioner asks for, B entries each
+    fields: dict[str, list[str] | Tensor]  # "caption", and what was made of it beforehand, B entries each
     samples: Tensor  # [B] int64, the sample's index in the manifest
     keys: Tensor  # [B] int64, the address (seed, step, position in the global batch) of its noise
     step: int  # the optimizer step that this batch belongs to, from 0

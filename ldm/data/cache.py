@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +20,8 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from ldm.data.datamodule import ShardSource
-from ldm.data.fetch import Fetcher, Sample
-from ldm.data.latents import FACTS, RECORD, LatentRecord, LatentSource, read_record, write_record
+from ldm.data.fetch import Fetcher, Sample, as_images
+from ldm.data.latents import FACTS, MOMENTS, RECORD, LatentRecord, LatentSource, pack, read_record, write_record
 from ldm.data.picture import BadSample
 from ldm.data.shards import write_shard
 from ldm.data.tar import LATENTS
@@ -30,6 +29,8 @@ from ldm.errors import UserError
 
 Encode = Callable[[Tensor], Tensor]
 """Mean and std [B, 2, C, h, w] of the normalised latents of images [B, 3, H, W] in [-1, 1]."""
+EncodeTexts = Callable[[list[str]], dict[str, Tensor]]
+"""What the text encoders make of captions: tensors [B, ...], by names that training asks for."""
 
 COMMAND = "ldm.config.latents"  # what builds the first stage that the command encodes with
 POLL_s = 0.5
@@ -61,6 +62,7 @@ class _Chunk:
     keys: list[str] = field(default_factory=list)
     parts: list[dict[str, bytes]] = field(default_factory=list)
     variants: list[list[Sample]] = field(default_factory=list)
+    captions: list[list[str]] = field(default_factory=list)
     bad: list[tuple[str, str]] = field(default_factory=list)
 
 
@@ -92,11 +94,20 @@ class _Chunks(Dataset[_Chunk]):
             chunk.keys.append(key)
             chunk.parts.append(self.fetcher.parts(index))
             chunk.variants.append(made)
+            chunk.captions.append([made[0].caption])
         return chunk
 
 
+@dataclass(frozen=True)
+class Encoders:
+    """What makes latents, and states of captions where the record has texts."""
+
+    images: Encode
+    texts: EncodeTexts | None = None
+
+
 def write_latents(
-    source: ShardSource, record: LatentRecord, encode: Encode, out: Path, work: Work, progress: bool = True
+    source: ShardSource, record: LatentRecord, encoders: Encoders, out: Path, work: Work, progress: bool = True
 ) -> LatentSource:
     """Writes this process's share of the latents of `source` to the folder `out`, and waits for the others'.
 
@@ -116,7 +127,7 @@ def write_latents(
     made = 0
     if own:
         fetcher = source.fetcher(manifest, record.size, record.seed, 0)
-        made = _write_shards(fetcher, own, paths, record, encode, work, progress)
+        made = _write_shards(fetcher, own, paths, record, encoders, work, progress)
     _wait(out, paths, work)
     if work.rank == 0:
         seconds = round(time.monotonic() - started, 1)
@@ -146,7 +157,7 @@ def _write_shards(
     own: Sequence[int],
     paths: Sequence[Path],
     record: LatentRecord,
-    encode: Encode,
+    encoders: Encoders,
     work: Work,
     progress: bool,
 ) -> int:
@@ -161,7 +172,7 @@ def _write_shards(
     with bar:
         for number in own:
             before = len(left_out)
-            made += write_shard(paths[number], _samples(stream, record, encode, left_out, bar))
+            made += write_shard(paths[number], _samples(stream, record, encoders, left_out, bar))
             if len(left_out) > before:
                 told = [{"key": key, "reason": reason} for key, reason in left_out[before:]]
                 paths[number].with_suffix(".left_out.json").write_text(json.dumps(told, indent=1))
@@ -173,31 +184,45 @@ def _write_shards(
 
 
 def _samples(
-    stream: Iterator[_Chunk], record: LatentRecord, encode: Encode, left_out: list[tuple[str, str]], bar: Any
+    stream: Iterator[_Chunk], record: LatentRecord, encoders: Encoders, left_out: list[tuple[str, str]], bar: Any
 ) -> Iterator[tuple[str, dict[str, bytes]]]:
     """The samples of one shard as they come from the loader, encoded."""
     for chunk in stream:
         left_out += chunk.bad
         if chunk.keys:
             flat = np.stack([sample.pixels for variants in chunk.variants for sample in variants])
-            images = torch.from_numpy(np.ascontiguousarray(flat.transpose(0, 3, 1, 2))).float().div_(127.5).sub_(1.0)
-            moments = encode(images).to("cpu", torch.float16).numpy()
+            moments = encoders.images(as_images(flat)).to("cpu", torch.float16).numpy()
             moments = moments.reshape(len(chunk.keys), record.variants, *moments.shape[1:])
-            for key, parts, variants, own in zip(chunk.keys, chunk.parts, chunk.variants, moments, strict=True):
-                yield key, _members(parts, variants, own)
+            texts = _encode_texts(chunk, encoders.texts)
+            for i, key in enumerate(chunk.keys):
+                arrays = {MOMENTS: moments[i], **texts[i]}
+                yield key, _members(chunk.parts[i], chunk.variants[i], chunk.captions[i], arrays)
         bar.update(len(chunk.keys) + len(chunk.bad))
         if chunk.last:
             return
 
 
-def _members(parts: dict[str, bytes], variants: Sequence[Sample], moments: Any) -> dict[str, bytes]:
+def _encode_texts(chunk: _Chunk, encode: EncodeTexts | None) -> list[dict[str, Any]]:
+    """What each sample's captions are encoded to: arrays [captions of the sample, ...] by name."""
+    if encode is None:
+        return [{} for _ in chunk.keys]
+    ends = np.cumsum([len(captions) for captions in chunk.captions])[:-1]
+    made = encode([caption for captions in chunk.captions for caption in captions])
+    half = {name: states.to("cpu") for name, states in made.items()}
+    arrays = {name: (t.half() if t.is_floating_point() else t).numpy() for name, t in half.items()}
+    parts = {name: np.split(array, ends) for name, array in arrays.items()}
+    return [{name: parts[name][i] for name in parts} for i in range(len(chunk.keys))]
+
+
+def _members(
+    parts: dict[str, bytes], variants: Sequence[Sample], captions: list[str], arrays: dict[str, Any]
+) -> dict[str, bytes]:
     """The members of a sample by extension: latents, and the text and JSON that the picture had."""
-    stored = BytesIO()
-    np.save(stored, np.ascontiguousarray(moments))
     facts = json.loads(parts["json"]) if "json" in parts else {}
-    facts[FACTS] = {"original_size": variants[0].original_size, "crops": [sample.crop for sample in variants]}
+    crops = [sample.crop for sample in variants]
+    facts[FACTS] = {"original_size": variants[0].original_size, "crops": crops, "captions": captions}
     text = {"txt": parts["txt"]} if "txt" in parts else {}
-    return {LATENTS: stored.getvalue(), **text, "json": json.dumps(facts).encode()}
+    return {LATENTS: pack(arrays), **text, "json": json.dumps(facts).encode()}
 
 
 def _wait(out: Path, paths: Sequence[Path], work: Work) -> None:

@@ -4,7 +4,7 @@ What is random (crop, flip, the substitute of a bad sample) is drawn from (seed,
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -54,6 +54,7 @@ class Sample:
     original_size: tuple[int, int]  # (height, width) as stored
     crop: tuple[int, int]  # (top, left) in the resized picture
     moments: NDArray[np.float16] | None = None  # [2, C, h, w], of latents made beforehand
+    texts: Mapping[str, NDArray[Any]] = field(default_factory=dict)  # of captions encoded beforehand, by name
 
     @property
     def image(self) -> Tensor:

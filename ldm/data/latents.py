@@ -1,20 +1,21 @@
-"""Latents that a first stage made beforehand, as shards to train from: `key.latents.npy` stands for the picture.
+"""Latents that a first stage made beforehand, as shards to train from: `key.latents.safetensors` stands for
+the picture.
 
 Such a shard is an ordinary one: it has the sample's text and JSON parts beside the latents, and webdataset reads
 it. The folder's record says which first stage made them, and from what.
 """
 
-import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.lib import format as npy
 from numpy.typing import NDArray
+from safetensors.numpy import save
 from torch import Tensor
 
 from ldm.data.fetch import Fetcher, Sample, View
@@ -29,7 +30,8 @@ FORMAT = 1
 FACTS = "latents"  # what the JSON part of a sample says of its variants
 KIND = PICTURE_KINDS.index(LATENTS)
 
-Moments = NDArray[np.float16]
+MOMENTS = "moments"
+KINDS: dict[str, type[np.generic]] = {"F16": np.float16, "F32": np.float32, "BOOL": np.bool_}
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,7 @@ class LatentRecord:
     size             (height, width) in pixels of what was encoded
     variants         crops and flips of each picture
     random_crop, flip   how the variants were taken; `seed` is what they were drawn from
+    texts            names of the text encoders whose states are there too; a name holds a fingerprint
     """
 
     first_stage: str
@@ -50,6 +53,7 @@ class LatentRecord:
     random_crop: bool = False
     flip: bool = False
     seed: int = 0
+    texts: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.variants < 1:
@@ -84,7 +88,7 @@ def read_record(folder: Path) -> LatentRecord:
         raise UserError(f"the latents in {folder} are not complete; run python -m ldm.data.cache again, it goes on")
     names = LatentRecord.__dataclass_fields__
     known = {name: value for name, value in facts.items() if name in names}
-    return LatentRecord(**known | {"size": tuple(known["size"])})
+    return LatentRecord(**known | {"size": tuple(known["size"]), "texts": tuple(known["texts"])})
 
 
 def write_record(folder: Path, record: LatentRecord, finished: Mapping[str, Any] | None) -> None:
@@ -126,7 +130,7 @@ class LatentSource:
         if View.of(size).size != record.size:
             raise UserError(
                 f"data.size={size}: the latents in {self.shards} are of pictures of {record.size[0]}x{record.size[1]}; "
-                "make others with python -m ldm.data.cache --size"
+                "make others by training from the pictures with the knob latents"
             )
         return LatentFetcher(manifest, record, seed, self.require_caption)
 
@@ -138,7 +142,6 @@ class LatentFetcher(Fetcher):
         super().__init__(manifest, View(record.size), seed, require_caption)
         self.record = record
         self._nothing = np.empty((*record.size, 0), np.uint8)
-        self._headers: dict[bytes, tuple[tuple[int, ...], np.dtype[Any], int]] = {}
 
     def __call__(self, index: int, epoch: int = 0) -> Sample:
         """The sample. Raises BadSample; UserError where its shard changed since it was indexed."""
@@ -146,38 +149,54 @@ class LatentFetcher(Fetcher):
         if columns.image_kind[index] != KIND:
             raise BadSample("no latents")
         caption = self.caption(index)
-        data = self._read(index, int(columns.image_offset[index]), int(columns.image_size[index]))
-        variant = key(self.seed, "variant", epoch, index) % self.record.variants if self.record.variants > 1 else 0
+        arrays = unpack(self._read(index, int(columns.image_offset[index]), int(columns.image_size[index])))
         facts = json.loads(self._read(index, int(columns.json_offset[index]), int(columns.json_size[index])))[FACTS]
+        variant = key(self.seed, "variant", epoch, index) % self.record.variants if self.record.variants > 1 else 0
+        moments = arrays.pop(MOMENTS)[variant]
+        texts = self._texts(arrays, facts, caption) if arrays else {}
         original, crop = tuple(facts["original_size"]), tuple(facts["crops"][variant])
-        return Sample(self._nothing, caption, index, original, crop, self._moments(data, variant))
+        return Sample(self._nothing, caption, index, original, crop, moments, texts)
 
     def pictures(self, samples: Sequence[Sample]) -> dict[str, Tensor]:
         """`moments` [B, 2, C, h, w], and `images` without channels."""
         moments = torch.from_numpy(np.stack([sample.moments for sample in samples if sample.moments is not None]))
         return {"images": torch.empty(len(samples), 0, *self.record.size), "moments": moments}
 
-    def _moments(self, data: bytes, variant: int) -> Moments:
-        """One variant [2, C, h, w] of an .npy file [variants, 2, C, h, w]. Its header is parsed once for a shape."""
-        start = 10 + int.from_bytes(data[8:10], "little")
-        header = data[:start]
-        if header not in self._headers:
-            self._headers[header] = _npy_header(header)
-        shape, kind, count = self._headers[header]
-        try:
-            return np.frombuffer(data, kind, count, start + variant * count * kind.itemsize).reshape(shape)
-        except ValueError as error:
-            raise BadSample("corrupt latents") from error
+    def _texts(self, arrays: dict[str, NDArray[Any]], facts: dict[str, Any], caption: str) -> dict[str, NDArray[Any]]:
+        """What the text encoders made of the caption, by name; there is one row for each caption of the sample."""
+        if caption not in facts["captions"]:
+            raise UserError(
+                f"the caption {caption!r} was not encoded when the latents were made: the choice of captions has "
+                "changed; make them anew (latents=ANOTHER_FOLDER), or encode texts in training (latent_text=false)"
+            )
+        row = facts["captions"].index(caption)
+        return {name: array[row] for name, array in arrays.items()}
 
 
-def _npy_header(header: bytes) -> tuple[tuple[int, ...], np.dtype[Any], int]:
-    """(shape of a variant, type, numbers of a variant) of the first bytes of an .npy file."""
-    file = io.BytesIO(header)
+def pack(arrays: Mapping[str, NDArray[Any]]) -> bytes:
+    """Arrays by name as the bytes of a safetensors file."""
+    data: bytes = save({name: np.ascontiguousarray(array) for name, array in arrays.items()})
+    return data
+
+
+def unpack(data: bytes) -> dict[str, NDArray[Any]]:
+    """The arrays of a safetensors file's bytes, without a copy. Raises BadSample where it is none."""
     try:
-        npy.read_magic(file)
-        shape, fortran, kind = npy.read_array_header_1_0(file)
-    except ValueError as error:
+        start = 8 + int.from_bytes(data[:8], "little")
+        places = _places(data[8:start])
+        return {
+            name: np.frombuffer(data, kind, count, start + at).reshape(shape) for name, kind, shape, count, at in places
+        }
+    except (ValueError, KeyError, TypeError) as error:
         raise BadSample("corrupt latents") from error
-    if fortran or len(shape) != 5 or shape[1] != 2 or kind != np.float16:
-        raise BadSample("corrupt latents")
-    return shape[1:], kind, int(np.prod(shape[1:]))
+
+
+@lru_cache(maxsize=64)
+def _places(header: bytes) -> list[tuple[str, type[np.generic], tuple[int, ...], int, int]]:
+    """(name, type, shape, numbers, first byte) of each array; most samples of a cache have the same header."""
+    found = json.loads(header)
+    return [
+        (name, KINDS[facts["dtype"]], tuple(facts["shape"]), int(np.prod(facts["shape"])), facts["data_offsets"][0])
+        for name, facts in found.items()
+        if name != "__metadata__"
+    ]

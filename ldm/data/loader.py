@@ -4,13 +4,14 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.distributed import DistributedSampler
 
 from ldm.data.batch import Batch
-from ldm.data.fetch import Fetcher
+from ldm.data.fetch import Fetcher, Sample
 from ldm.data.plan import Plan, micro_batch
 from ldm.randomness import key, keys
 
@@ -29,7 +30,7 @@ def make_batch(
     samples = [sample for sample, _ in found]
     return Batch(
         **fetcher.pictures(samples),
-        fields={"caption": [sample.caption for sample in samples]},
+        fields={"caption": [sample.caption for sample in samples], **_texts(samples)},
         samples=torch.tensor([sample.index for sample in samples], dtype=torch.int64),
         keys=keys,
         step=step,
@@ -39,6 +40,12 @@ def make_batch(
         global_batch=global_batch,
         bad=[entry for _, bad in found for entry in bad],
     )
+
+
+def _texts(samples: Sequence[Sample]) -> dict[str, Tensor]:
+    """What was made of the captions beforehand, by name [B, ...]."""
+    names = samples[0].texts
+    return {name: torch.from_numpy(np.stack([sample.texts[name] for sample in samples])) for name in names}
 
 
 class TrainBatches(Dataset[Batch]):

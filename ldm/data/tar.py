@@ -19,7 +19,7 @@ from ldm.data.shards import ShardFile, open_shard
 BLOCK_bytes = 512
 AHEAD_bytes = 4096
 IMAGE_KINDS = ("jpg", "jpeg", "png", "webp")
-LATENTS = "latents.npy"  # what a first stage made of a picture stands in its place
+LATENTS = "latents.safetensors"  # what a first stage made of a picture stands in its place
 PICTURE_KINDS = (*IMAGE_KINDS, LATENTS)
 NO_CAPTION, TEXT_CAPTION, JSON_CAPTION = 0, 1, 2
 DAMAGE = ("truncated", "interleaved", "duplicate")

@@ -2,6 +2,7 @@
 
 import json
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +11,9 @@ import torch
 import webdataset
 from torch import Tensor
 
-from ldm.data.cache import Work, write_latents
+from ldm.data.cache import Encoders, Work, write_latents
 from ldm.data.datamodule import ShardDataModule, ShardSource
-from ldm.data.latents import LatentRecord, LatentSource, read_record
+from ldm.data.latents import LatentRecord, LatentSource, read_record, unpack
 from ldm.data.shards import write_shard
 from ldm.errors import UserError
 from tests.data import make
@@ -30,7 +31,9 @@ def record(source: ShardSource, size: int = 16, variants: int = 1, first_stage: 
 
 
 def write(source: ShardSource, out: Path, variants: int = 1, work: Work | None = None) -> LatentSource:
-    return write_latents(source, record(source, variants=variants), encode, out, work or Work(), progress=False)
+    return write_latents(
+        source, record(source, variants=variants), Encoders(encode), out, work or Work(), progress=False
+    )
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -58,7 +61,7 @@ def test_webdataset_reads_them(tmp_path: Path) -> None:
     write(ShardSource(make.shards(tmp_path / "pictures", 5)), tmp_path / "latents")
     read = list(webdataset.WebDataset(str(tmp_path / "latents/000000.tar"), shardshuffle=False).decode())
     assert [sample["__key__"] for sample in read] == [f"{i:06d}" for i in range(5)]
-    assert read[3]["latents.npy"].shape == (1, 2, 3, 4, 4)
+    assert unpack(read[3]["latents.safetensors"])["moments"].shape == (1, 2, 3, 4, 4)
     assert read[3]["txt"] == "picture 3"
 
 
@@ -121,7 +124,7 @@ def test_another_first_stage_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="on pictures"):
         data.check_first_stage(None)
     with pytest.raises(UserError, match=r"of the first stage a+, this one is b+"):
-        write_latents(source, record(source, first_stage="b" * 16), encode, tmp_path / "latents", Work())
+        write_latents(source, record(source, first_stage="b" * 16), Encoders(encode), tmp_path / "latents", Work())
 
 
 def test_other_sizes_and_folders_are_refused(tmp_path: Path) -> None:
@@ -130,7 +133,7 @@ def test_other_sizes_and_folders_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"data.size=32.*16x16"):
         cached.fetcher(cached.manifest(), 32, 0, 0)
     with pytest.raises(UserError, match="other latents"):
-        write_latents(source, record(source, size=32), encode, tmp_path / "latents", Work())
+        write_latents(source, record(source, size=32), Encoders(encode), tmp_path / "latents", Work())
     with pytest.raises(UserError, match="no cached latents"):
         LatentSource(str(tmp_path / "pictures")).manifest()
     assert record(source).name != record(source, size=32).name
@@ -168,3 +171,20 @@ def test_an_unreadable_record_is_told(tmp_path: Path) -> None:
     (tmp_path / "latents" / "latents.json").write_text(json.dumps(facts | {"format": 99}))
     with pytest.raises(UserError, match="format 99"):
         read_record(Path(cached.shards))
+
+
+def test_states_of_captions_are_kept_and_the_one_that_is_chosen_comes_back(tmp_path: Path) -> None:
+    def texts(captions: list[str]) -> dict[str, Tensor]:
+        return {"text-x.tokens": torch.tensor([[[float(len(c)), float(ord(c[-1]))]] for c in captions])}
+
+    source = ShardSource(make.shards(tmp_path / "pictures", 12))
+    wanted = replace(record(source), texts=("text-x",))
+    cached = write_latents(source, wanted, Encoders(encode, texts), tmp_path / "latents", Work(batch=5), progress=False)
+    assert read_record(tmp_path / "latents").texts == ("text-x",)
+    data = ShardDataModule(cached, None, 16, 6, total_steps=2)
+    data.prepare_data()
+    data.setup()
+    for batch in data.train_dataloader():
+        captions, states = batch.fields["caption"], batch.fields["text-x.tokens"]
+        assert isinstance(states, Tensor) and states.dtype == torch.float16
+        assert states.tolist() == [[[float(len(c)), float(ord(c[-1]))]] for c in captions]

@@ -62,7 +62,9 @@ def test_what_the_command_lacks_is_told(tiny_shapes: Path, capsys: pytest.Captur
 
 def test_a_first_stage_does_not_train_from_latents(tiny_shapes: Path, run: Path, tmp_path: Path) -> None:
     latents = job(tiny_shapes, run, f"latents={tmp_path}/l").datamodule.train
-    (stage,), finished = launch(tiny_shapes, tmp_path, "stages=[first_stage]")
+    (stage,), finished = launch(
+        tiny_shapes, tmp_path, "stages=[first_stage]", "data.size=16", "curriculum.first_stage.data.size=16"
+    )
     made = stage.build(finished)
     made.datamodule.train = latents
     with pytest.raises(UserError, match="on pictures"):
