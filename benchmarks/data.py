@@ -28,12 +28,13 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from ldm.conditioning.tokenizer import captions_tokenizer
-from ldm.data.datamodule import ShardDataModule, ShardSource
+from ldm.data.datamodule import ShardDataModule
 from ldm.data.decode import DECODERS, cover_size
 from ldm.data.fetch import as_images
 from ldm.data.index import load_manifest
 from ldm.data.loader import StepLoader
 from ldm.data.plan import Plan
+from ldm.data.shard_source import ShardSource
 from ldm.data.shards import write_shard
 
 SIZE, BATCH = 256, 32

@@ -61,6 +61,21 @@ class CaptionChoice:
             left = {other: weight for other, weight in left.items() if other not in (name, EMPTY)}
         return self._none()
 
+    def alternatives(self, manifest: Manifest, read: Read, index: int) -> list[str]:
+        """All captions that a visit may draw. Raises BadSample as a visit does."""
+        if self.weights is None:
+            return [self._first(manifest, read, index)]
+        fields = [name for name, weight in self.weights.items() if weight > 0]
+        if fields == [EMPTY]:
+            return [""]
+        texts = [self._text(manifest, read, index)] if TEXT in fields else []
+        facts = self._json(manifest, read, index) if any(name.startswith(JSON) for name in fields) else {}
+        for name in fields:
+            if name.startswith(JSON):
+                texts += _texts(facts.get(name.removeprefix(JSON)))
+        texts = [text for text in dict.fromkeys(texts) if text]
+        return [*(texts or [self._none()]), *([""] if EMPTY in fields and texts else [])]
+
     def _first(self, manifest: Manifest, read: Read, index: int) -> str:
         """The text, else the JSON's caption."""
         kind = manifest.caption[index]
@@ -122,10 +137,15 @@ def _drawn(weights: Mapping[str, float], draw: float) -> str:
 
 def _one(value: object, draw: int) -> str:
     """A JSON value's text, or the drawn one of its texts; empty where it is none."""
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        texts = [text for text in value if isinstance(text, str) and text.strip()]
-        value = texts[draw % len(texts)] if texts else ""
-    text = value.strip() if isinstance(value, str) else ""
+    texts = _texts(value)
+    text = texts[draw % len(texts)] if texts else ""
     if len(text) > MAX_caption_bytes:
         raise BadSample("caption too long")
     return text
+
+
+def _texts(value: object) -> list[str]:
+    """A JSON value's text or texts, without empty ones."""
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [text.strip() for text in value if isinstance(text, str) and text.strip()]
+    return [value.strip()] if isinstance(value, str) and value.strip() else []

@@ -6,7 +6,6 @@ order of samples depends on.
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,75 +13,21 @@ import pytorch_lightning as pl
 
 from ldm.data.batch import Batch
 from ldm.data.buckets import Buckets
-from ldm.data.caption_choice import CaptionChoice
 from ldm.data.decode import decoder
 from ldm.data.fetch import Fetcher, View
 from ldm.data.filters import Filter
-from ldm.data.index import Manifest, index_shards, load_manifest
+from ldm.data.index import Manifest, index_shards
 from ldm.data.loader import StepLoader, TrainBatches, ValBatches
 from ldm.data.plan import Plan, micro_batch
 from ldm.data.quarantine import Quarantine
 from ldm.data.record import write_record
-from ldm.data.remote import Remote
 from ldm.data.selection import Asked, Selection, select
-from ldm.data.shards import Shards
+from ldm.data.shard_source import Source
 from ldm.errors import UserError
 
 GiB = 1 << 30
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class ShardSource:
-    """A list of shards, and how its pictures are taken.
-
-    shards           a brace pattern, a folder or a list
-    random_crop      crop anywhere, not at the centre
-    flip             mirror half of the samples (captions that tell left from right become wrong)
-    require_caption  a sample without caption is bad; false gives it the empty caption (first stages)
-    allow_damaged    train on the whole samples of damaged shards
-    index            folder for the manifest; None: `.index` beside the shards
-    remote           how shards behind a URL are read; None: see Remote
-    where            which samples are used, see Filter; None: all
-    captions         weights of the caption's fields, see CaptionChoice; None: the text, else the JSON's caption
-    weight           share of the samples that are trained on, where data sets are mixed; None: by their sizes
-    """
-
-    shards: Shards
-    random_crop: bool = False
-    flip: bool = False
-    require_caption: bool = True
-    allow_damaged: bool = False
-    index: str | None = None
-    remote: Remote | None = None
-    where: str | None = None
-    captions: Mapping[str, float] | None = None
-    weight: float | None = None
-
-    def manifest(self) -> Manifest:
-        """The manifest. Raises UserError for missing, damaged or empty shards."""
-        return load_manifest(self.shards, self.allow_damaged, self.index, self.remote)
-
-    def asked(self, name: str, manifest: Manifest) -> Asked:
-        """What is asked of the samples; `name` is for messages."""
-        return Asked(name, manifest, Filter(self.where) if self.where else None)
-
-    def fetcher(
-        self,
-        manifest: Manifest,
-        size: int | Sequence[int],
-        seed: int,
-        cache_bytes: int,
-        decode: str = "exact",
-        chosen: Selection | None = None,
-    ) -> Fetcher:
-        """Reads pictures that cover `size`; up to `cache_bytes` of them are kept decoded."""
-        view = View.of(size, self.random_crop, self.flip)
-        captions = CaptionChoice(self.captions, self.require_caption)
-        fetcher = Fetcher(manifest, view, seed, True, cache_bytes, decoder(decode), captions, chosen)
-        fetcher.check_captions()
-        return fetcher
 
 
 class ShardDataModule(pl.LightningDataModule):
@@ -112,8 +57,8 @@ class ShardDataModule(pl.LightningDataModule):
 
     def __init__(
         self,
-        train: ShardSource,
-        val: ShardSource | None,
+        train: Source,
+        val: Source | None,
         size: int | Sequence[int],
         global_batch: int,
         total_steps: int,
@@ -127,7 +72,7 @@ class ShardDataModule(pl.LightningDataModule):
         max_bad: float = 0.01,
         max_bad_of_shard: float = 0.05,
         buckets: Buckets | None = None,
-        mixed_with: Mapping[str, ShardSource] | None = None,
+        mixed_with: Mapping[str, Source] | None = None,
         decode: str = "exact",
         threads: int = 0,
         folder: str | None = None,
@@ -136,7 +81,6 @@ class ShardDataModule(pl.LightningDataModule):
         if total_steps < 1:
             raise UserError(f"total_steps must be at least 1, got {total_steps}")
         decoder(decode)
-        self.train, self.val = train, val
         self.size = size
         self.global_batch, self.total_steps, self.seed = global_batch, total_steps, seed
         self.workers, self.accumulation, self.window = workers, accumulation, window
@@ -145,7 +89,8 @@ class ShardDataModule(pl.LightningDataModule):
         self.max_bad, self.max_bad_of_shard = max_bad, max_bad_of_shard
         self.buckets, self.decode, self.threads = buckets, decode, threads
         self.folder = Path(folder) if folder is not None else None
-        self.sources = {"train": train, **(mixed_with or {})}
+        self.sources: dict[str, Source] = {"train": train, **(mixed_with or {})}
+        self.val = val
         self.steps_done = 0
         self._restored: dict[str, Any] = {}
 
@@ -159,14 +104,16 @@ class ShardDataModule(pl.LightningDataModule):
         """Indexes the shards and selects the samples, in one process of each machine."""
         for source in [*self.sources.values(), *([self.val] if self.val is not None else [])]:
             index_shards(source.shards, source.index, remote=source.remote)
-        self._select([source.manifest() for source in self.sources.values()])
+        self.select([source.manifest() for source in self.sources.values()])
 
     def setup(self, stage: str | None = None) -> None:
         """Opens the manifests and lays the plan. Raises UserError for what cannot be trained on."""
         manifests = [source.manifest() for source in self.sources.values()]
-        self.used_sizes, chosen = self._select(manifests)
+        self.used_sizes, chosen = self.select(manifests)
         pairs = zip(self.sources.values(), manifests, chosen, strict=True)
-        self.fetchers = [self._fetcher(source, manifest, selection) for source, manifest, selection in pairs]
+        self.fetchers = [
+            self._fetcher(source, manifest, self.used_sizes, selection) for source, manifest, selection in pairs
+        ]
         self.train_fetcher = self.fetchers[0]
         counts = [selection.counts for selection in chosen]
         self.plan = Plan(counts, self.global_batch, self.seed, self.window, self._weights())
@@ -178,13 +125,14 @@ class ShardDataModule(pl.LightningDataModule):
             write_record(self.folder, dict(zip(self.sources, self.fetchers, strict=True)), self.used_sizes, self.decode)
         if self.val is not None:
             held_out = self.val.manifest()
-            _, (selection,) = select([self.val.asked("val", held_out)])
-            self.val_fetcher = self._fetcher(self.val, held_out, selection)
+            sizes, selection = self.select_val(held_out)
+            self.val_fetcher = self._fetcher(self.val, held_out, sizes, selection)
             self.val_quarantine = Quarantine(held_out, self.max_bad)
 
-    def _select(self, manifests: Sequence[Manifest]) -> tuple[list[tuple[int, int]], list[Selection]]:
+    def select(self, manifests: Sequence[Manifest]) -> tuple[list[tuple[int, int]], list[Selection]]:
+        """(sizes that are trained at, the selection of each source), of the sources' manifests in their order."""
         pairs = zip(self.sources.items(), manifests, strict=True)
-        asked = [source.asked(name, manifest) for (name, source), manifest in pairs]
+        asked = [_asked(name, source, manifest) for (name, source), manifest in pairs]
         return select(asked, self.buckets, View.of(self.size).size, self.global_batch, self._weights())
 
     def _weights(self) -> list[float] | None:
@@ -197,8 +145,28 @@ class ShardDataModule(pl.LightningDataModule):
             raise UserError(f"the weights of mixed sources are {given}; give each one above 0, or none any")
         return weights
 
-    def _fetcher(self, source: ShardSource, manifest: Manifest, chosen: Selection | None = None) -> Fetcher:
-        return source.fetcher(manifest, self.size, self.seed, self.cache_bytes, self.decode, chosen)
+    def select_val(self, manifest: Manifest) -> tuple[list[tuple[int, int]], Selection]:
+        """(the one size of validation, the selection) of the validation source's manifest."""
+        if self.val is None:
+            raise UserError("this data has no validation shards; give val")
+        sizes, (selection,) = select([_asked("val", self.val, manifest)], size=View.of(self.size).size)
+        return sizes, selection
+
+    def _fetcher(
+        self, source: Source, manifest: Manifest, sizes: Sequence[tuple[int, int]], chosen: Selection | None = None
+    ) -> Fetcher:
+        return source.fetcher(manifest, sizes, self.seed, self.cache_bytes, self.decode, chosen)
+
+    def check_first_stage(self, fingerprint: str | None) -> None:
+        """Raises UserError where latents made beforehand are not this first stage's; None takes pictures alone."""
+        for source in [*self.sources.values(), *([self.val] if self.val is not None else [])]:
+            made_by = source.first_stage
+            if made_by is not None and made_by != fingerprint:
+                wanted = f"is {fingerprint}" if fingerprint else "is trained here, on pictures"
+                raise UserError(
+                    f"the latents in {source.shards} were made by the first stage {made_by}, this one {wanted}: train "
+                    "from the pictures' shards, or make latents of them with python -m ldm.data.cache"
+                )
 
     def train_batches(self, rank: int = 0, world: int = 1, accumulation: int = 1) -> TrainBatches:
         """The batches of a rank, item i for micro-step i. After `setup`."""
@@ -289,6 +257,10 @@ class ShardDataModule(pl.LightningDataModule):
                 f"the checkpoint was trained in another order of samples: {told}; "
                 "resume with the same data and settings, or start a new run from its weights"
             )
+
+
+def _asked(name: str, source: Source, manifest: Manifest) -> Asked:
+    return Asked(name, manifest, Filter(source.where) if source.where else None)
 
 
 def _align_progress(trainer: pl.Trainer, start: int) -> None:

@@ -4,12 +4,13 @@ What is random (crop, flip, caption, the substitute of a bad sample) is drawn fr
 """
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ldm.data.caption_choice import CaptionChoice
@@ -49,11 +50,13 @@ class View:
 class Sample:
     """A picture of the wanted size with its caption."""
 
-    pixels: Pixels  # [H, W, 3]
+    pixels: Pixels  # [H, W, 3]; [H, W, 0] of latents made beforehand
     caption: str
     index: int
     original_size: tuple[int, int]  # (height, width) as stored
     crop: tuple[int, int]  # (top, left) in the resized picture, mirrored where the sample is
+    moments: NDArray[np.float16] | None = None  # [2, C, h, w], of latents made beforehand
+    texts: Mapping[str, NDArray[Any]] = field(default_factory=dict)  # of captions encoded beforehand, by name
 
     @property
     def image(self) -> Tensor:
@@ -175,6 +178,19 @@ class Fetcher:
     def caption(self, index: int, epoch: int = 0) -> str:
         """A sample's caption at a visit; BadSample where it has none and needs one."""
         return self.captions(self.manifest, self._read, index, self.seed, epoch)
+
+    def alternatives(self, index: int) -> list[str]:
+        """All captions that a visit of a sample may have; BadSample where it has none and needs one."""
+        return self.captions.alternatives(self.manifest, self._read, index)
+
+    def parts(self, index: int) -> dict[str, bytes]:
+        """A sample's stored text and JSON, those of "txt" and "json" that it has."""
+        columns = self.manifest
+        places = {
+            "txt": (int(columns.text_offset[index]), int(columns.text_size[index])),
+            "json": (int(columns.json_offset[index]), int(columns.json_size[index])),
+        }
+        return {kind: self._read(index, *place) for kind, place in places.items() if place[1] >= 0}
 
     def _read(self, index: int, offset: int, size: int) -> bytes:
         """A range of the shard that holds a sample. Raises UserError where the shard is not the one indexed."""

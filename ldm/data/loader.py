@@ -34,7 +34,7 @@ def make_batch(found: Sequence[Fetched], keys: Tensor, step: int, positions: Seq
     samples = [entry.sample for entry in found]
     return Batch(
         **{name: torch.cat([entry.pictures[name] for entry in found]) for name in found[0].pictures},
-        fields={"caption": [sample.caption for sample in samples]},
+        fields={"caption": [sample.caption for sample in samples], **_texts(samples)},
         samples=torch.tensor([sample.index for sample in samples], dtype=torch.int64),
         keys=keys,
         step=step,
@@ -65,6 +65,12 @@ class Threads:
 
     def __reduce__(self) -> tuple[type["Threads"], tuple[int]]:
         return Threads, (self.count,)
+
+
+def _texts(samples: Sequence[Sample]) -> dict[str, Tensor]:
+    """What was made of the captions beforehand, by name [B, ...]."""
+    names = samples[0].texts
+    return {name: torch.from_numpy(np.stack([sample.texts[name] for sample in samples])) for name in names}
 
 
 class TrainBatches(Dataset[Batch]):

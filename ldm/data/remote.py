@@ -154,9 +154,7 @@ class HttpRanges:
         if status >= 500 or status in (408, 429):
             raise Transient(f"status {status} {answer.reason}", _retry_after(answer.headers))
         if status == 200:
-            raise UserError(
-                f"the server of {self.url} gives no ranges; copy the shards, or stream them with pipe:curl (docs/data.md)"
-            )
+            raise UserError(f"the server of {self.url} gives no ranges; copy the shards, or stream them by pipe:curl")
         raise UserError(f"{self.url}: status {status} {answer.reason}; check the address and who may read it")
 
     def _total(self, answer: requests.Response) -> int:

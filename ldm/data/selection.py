@@ -56,6 +56,16 @@ class Selection:
         """The number in the manifest of the sample at a place."""
         return place if self._members is None else int(self._members[place])
 
+    def within(self, first: int, stop: int) -> tuple[Ints, Ints]:
+        """(numbers, buckets) of those that stand from number `first` to before `stop`, bucket by bucket."""
+        if self._members is None:
+            return np.arange(first, stop), np.zeros(stop - first, np.int64)
+        ends = np.cumsum(self.counts)
+        parts = [self._members[end - count : end] for end, count in zip(ends, self.counts, strict=True)]
+        kept = [part[slice(*np.searchsorted(part, [first, stop]))] for part in parts]
+        buckets = [np.full(len(part), bucket) for bucket, part in enumerate(kept)]
+        return np.concatenate(kept).astype(np.int64), np.concatenate(buckets)
+
     def __reduce__(self) -> tuple[type["Selection"], tuple[list[int], list[RuleCount], Path | None]]:
         return Selection, (self.counts, self.rules, self._path)
 

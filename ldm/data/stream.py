@@ -25,7 +25,7 @@ from webdataset.shardlists import ResampledShards
 from webdataset.tariterators import group_by_keys, tar_file_iterator
 
 from ldm.data.batch import Batch
-from ldm.data.datamodule import ShardDataModule, ShardSource
+from ldm.data.datamodule import ShardDataModule
 from ldm.data.fetch import View, as_images
 from ldm.data.index import index_shards
 from ldm.data.loader import TrainBatches
@@ -33,6 +33,7 @@ from ldm.data.picture import BadSample, Pixels, decode
 from ldm.data.plan import micro_batch
 from ldm.data.quarantine import Quarantine
 from ldm.data.remote import Remote
+from ldm.data.shard_source import ShardSource, Source
 from ldm.data.shards import Shard, Shards, expand, open_shard
 from ldm.data.tar import IMAGE_KINDS, MAX_text_bytes
 from ldm.errors import UserError
@@ -282,7 +283,7 @@ class StreamDataModule(ShardDataModule):
         max_bad: float = 0.01,
     ) -> None:
         super().__init__(
-            cast(ShardSource, train),  # never indexed: whatever reads it is overridden here
+            cast(Source, train),  # never indexed: whatever reads it is overridden here
             val,
             size,
             global_batch,
@@ -307,7 +308,7 @@ class StreamDataModule(ShardDataModule):
             "the ones that would have come, and some come more often than others. Index the shards if you can"
         )
         manifest = self.held_out.manifest()
-        self.val_fetcher = self._fetcher(self.held_out, manifest)
+        self.val_fetcher = self._fetcher(self.held_out, manifest, *self.select_val(manifest))
         self.val_quarantine = Quarantine(manifest, self.max_bad)
         self.skipped = Skipped(self.streamed.paths(), self.max_bad)
 

@@ -20,6 +20,8 @@ from ldm.data.shards import Shard, open_shard
 from ldm.errors import UserError
 
 IMAGE_KINDS = ("jpg", "jpeg", "png", "webp")
+LATENTS = "latents.safetensors"  # what a first stage made of a picture stands in its place
+PICTURE_KINDS = (*IMAGE_KINDS, LATENTS)
 NO_CAPTION, TEXT_CAPTION, JSON_CAPTION = 0, 1, 2
 MAX_text_bytes = 1 << 20  # of a text or a JSON part
 HEAD_bytes = 2048  # of a picture, kept until its JSON part has been seen
@@ -99,7 +101,7 @@ class _Grouping:
         sample.parts[extension] = member
         if extension == "json":
             sample.described = self.ahead.read(member.offset, min(member.size, MAX_text_bytes))
-        elif extension in IMAGE_KINDS and not sample.image:
+        elif extension in PICTURE_KINDS and not sample.image:
             sample.image = extension
             sample.head = self.ahead.peek(member.offset, min(member.size, HEAD_bytes))
 
@@ -145,7 +147,7 @@ class _Grouping:
         caption = TEXT_CAPTION if text.size > 0 else JSON_CAPTION if spoken else NO_CAPTION
         self.numbers.add(facts)
         places = (text.offset, text.size, described.offset, described.size)
-        return (picture.offset, picture.size, IMAGE_KINDS.index(sample.image), *places, caption, width, height)
+        return (picture.offset, picture.size, PICTURE_KINDS.index(sample.image), *places, caption, width, height)
 
     def _size(self, sample: _Open, picture: Member, facts: dict[str, object]) -> tuple[int, int]:
         """(width, height) as the JSON states them, else as the picture's header does; (0, 0): not known."""

@@ -23,12 +23,12 @@ def test_filters_buckets_captions_and_mixtures_compose() -> None:
         "data.train.captions={txt: 0.8, json.alt: 0.15, empty: 0.05}",
         "data.train.weight=0.8",
         "data.buckets={_target_: ldm.data.buckets.AspectRatios, step: 8}",
-        "data.mixed_with={art: {_target_: ldm.data.datamodule.ShardSource, shards: c, weight: 0.2}}",
+        "data.mixed_with={art: {_target_: ldm.data.shard_source.ShardSource, shards: c, weight: 0.2}}",
         "data.decode=fast",
         "data.threads=2",
     )
-    assert found.train.where == "score > 5.0 and width >= 512"
-    assert dict(found.train.captions or {}) == {"txt": 0.8, "json.alt": 0.15, "empty": 0.05}
+    assert found.sources["train"].where == "score > 5.0 and width >= 512"
+    assert dict(found.sources["train"].captions or {}) == {"txt": 0.8, "json.alt": 0.15, "empty": 0.05}
     assert list(found.sources) == ["train", "art"] and found.sources["art"].weight == 0.2
     assert isinstance(found.buckets, AspectRatios) and found.buckets.step == 8
     assert (found.decode, found.threads) == ("fast", 2)

@@ -8,9 +8,9 @@ import torch
 from torch.utils.data import DataLoader
 
 from ldm.data import stream as stream_module
-from ldm.data.datamodule import ShardSource
 from ldm.data.fetch import View
 from ldm.data.loader import StepLoader
+from ldm.data.shard_source import ShardSource
 from ldm.data.shards import write_shard
 from ldm.data.stream import Skipped, StreamBatches, StreamDataModule, StreamSource, caption_of, cropped
 from ldm.errors import UserError

@@ -17,10 +17,11 @@ import torch
 from PIL import Image
 
 from ldm.data.buckets import AspectRatios, Sizes
-from ldm.data.datamodule import ShardDataModule, ShardSource
+from ldm.data.datamodule import ShardDataModule
 from ldm.data.fetch import Fetcher, View
 from ldm.data.index import load_manifest
 from ldm.data.loader import StepLoader
+from ldm.data.shard_source import ShardSource
 from ldm.data.shards import write_shard
 from ldm.errors import UserError
 
