@@ -4,7 +4,7 @@ from torch import Tensor
 
 from ldm.diffusion.denoiser import Denoise
 from ldm.diffusion.schedule import Schedule
-from ldm.sampling.sampler import Noise, OnStep, Sampler, add_noise, steps_of
+from ldm.sampling.sampler import Noise, OnStep, Sampler, add_noise_, steps_of
 
 
 class DDPM(Sampler):
@@ -30,6 +30,6 @@ class DDPM(Sampler):
             of_x0 = then.alpha * sigma2 / now.sigma**2
             # of_z z + of_x0 x0, where z is now.alpha x0 + now.sigma eps
             mean = denoise(z, now.t).mix(of_x0 + of_z * now.alpha, of_z * now.sigma)
-            z = add_noise(mean, max(sigma2, 0.0) ** 0.5 * then.sigma / now.sigma, noise)
+            z = add_noise_(mean, max(sigma2, 0.0) ** 0.5 * then.sigma / now.sigma, noise)
             on_step(done)
         return z

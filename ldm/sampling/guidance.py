@@ -84,15 +84,13 @@ class ClassifierFree(Guidance):
         both = {name: torch.cat([negative[name], inputs[name]]) for name in inputs}
 
         def halves(z: Tensor, t: Tensor) -> tuple[Denoised, Denoised]:
-            x0, eps = denoiser(torch.cat([z, z]), torch.cat([t, t]), both)
-            (x0_away, x0_to), (eps_away, eps_to) = x0.chunk(2), eps.chunk(2)
-            return Denoised(x0_away, eps_away), Denoised(x0_to, eps_to)
+            return denoiser(torch.cat([z, z]), torch.cat([t, t]), both).halves()  # type: ignore[no-any-return]
 
         return halves
 
     def rule(self, schedule: Schedule) -> Rule:
-        # x0 and eps are both linear in the network's output, so guiding each is guiding the output.
-        return lambda z, t, away, to: Denoised(away.x0.lerp(to.x0, self.scale), away.eps.lerp(to.eps, self.scale))
+        # x0 and eps are both linear in the network's output, so guiding the output is guiding each.
+        return lambda z, t, away, to: away.lerp(to, self.scale)
 
 
 class Wrapping(Guidance):

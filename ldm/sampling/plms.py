@@ -50,7 +50,8 @@ class PLMS(Sampler):
 def transferred(z: Tensor, now: Point, then: Point, slopes: list[Tensor], weights: tuple[float, ...]) -> Tensor:
     """DDIM's step from `now` to `then` with eps the weighted sum of `slopes` (eq. 11)."""
     scale = then.alpha / now.alpha
+    gain = then.sigma - now.sigma * scale
     z = z * scale
     for slope, weight in zip(slopes, weights, strict=True):
-        z.add_(slope, alpha=(then.sigma - now.sigma * scale) * weight)
+        z.add_(slope, alpha=gain * weight)
     return z

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from math import expm1
 from typing import NamedTuple
 
-import numpy as np
 from torch import Tensor
 
 from ldm.diffusion.denoiser import Denoise
@@ -95,5 +94,18 @@ def rhos(ratios: Sequence[float], h: float) -> list[float]:
         b.append(phi * factorial / expm1(-h))
         factorial *= i + 2
         phi = phi / -h - 1.0 / factorial
-    solved: list[float] = np.linalg.solve(np.vander(ratios, increasing=True).T, np.array(b)).tolist()
-    return solved
+    return solved(ratios, b)
+
+
+def solved(r: Sequence[float], b: Sequence[float]) -> list[float]:
+    """rho with sum_k rho_k r_k^i = b_i for i = 0, 1, ... (Bjorck and Pereyra 1970, for the primal system)."""
+    rho, n = list(b), len(b)
+    for k in range(n - 1):
+        for i in range(n - 1, k, -1):
+            rho[i] -= r[k] * rho[i - 1]
+    for k in range(n - 2, -1, -1):
+        for i in range(k + 1, n):
+            rho[i] /= r[i] - r[i - k - 1]
+        for i in range(k, n - 1):
+            rho[i] -= rho[i + 1]
+    return rho
