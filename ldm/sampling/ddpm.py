@@ -11,7 +11,7 @@ class DDPM(Sampler):
     """Algorithm 2: draws from the posterior of the next z, given z and the estimate of x0.
 
     The variance is the posterior's own (eq. 7, "fixed small"). Between any two times, as in Kingma et al. 2021
-    ("Variational Diffusion Models", eqs. 23 to 33), so that a grid may leave times out.
+    ("Variational Diffusion Models", appendix A), so that a grid may leave times out.
     """
 
     def __call__(

@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ldm.diffusion.denoiser import Denoise, Denoiser
 from ldm.diffusion.prediction import Denoised
@@ -55,6 +55,10 @@ class Guidance(ABC):
 
         return denoise
 
+    def check(self, denoiser: Denoiser, first_stage: nn.Module) -> None:
+        """Raise UserError where it brings a model of its own that does not go with this one and its first stage."""
+        return
+
     @abstractmethod
     def applies(self, schedule: Schedule, t: Tensor) -> Tensor:
         """Where it guides, bool [B] or [1], on the CPU; elsewhere the condition alone is computed."""
@@ -98,6 +102,9 @@ class Wrapping(Guidance):
 
     def __init__(self, guidance: Guidance) -> None:
         self.guidance = guidance
+
+    def check(self, denoiser: Denoiser, first_stage: nn.Module) -> None:
+        self.guidance.check(denoiser, first_stage)
 
     def applies(self, schedule: Schedule, t: Tensor) -> Tensor:
         return self.guidance.applies(schedule, t)

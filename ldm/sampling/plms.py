@@ -12,14 +12,14 @@ ADAMS_BASHFORTH = (
     (23 / 12, -16 / 12, 5 / 12),
     (55 / 24, -59 / 24, 37 / 24, -9 / 24),
 )
-"""The weights of the last slopes, the newest first, for equal steps (eq. 12 has the fourth order)."""
+"""The weights of the last slopes, the newest first, for equal steps."""
 
 
 class PLMS(Sampler):
     """The pseudo linear multistep method, PNDM without its Runge-Kutta steps (as CompVis' `plms.py`).
 
-    eps of the last four steps is extrapolated as on equal steps, and DDIM's step is taken with it (eq. 11). The
-    first step is the improved Euler's and makes one more network call.
+    eps of the last four steps is extrapolated as on equal steps, and DDIM's step, the paper's transfer part, is
+    taken with it. The first step is the improved Euler's and makes one more network call.
     """
 
     def __call__(
@@ -48,7 +48,7 @@ class PLMS(Sampler):
 
 
 def transferred(z: Tensor, now: Point, then: Point, slopes: list[Tensor], weights: tuple[float, ...]) -> Tensor:
-    """DDIM's step from `now` to `then` with eps the weighted sum of `slopes` (eq. 11)."""
+    """DDIM's step from `now` to `then` with eps the weighted sum of `slopes`."""
     scale = then.alpha / now.alpha
     gain = then.sigma - now.sigma * scale
     z = z * scale

@@ -20,7 +20,7 @@ class Estimate(NamedTuple):
 
 
 class UniPC(Sampler):
-    """UniPC-p in half log-SNR, predicting data, B(h) = e^h - 1 (algorithms 5 and 6, "B2"); one network call a step.
+    """UniPC-p in half log-SNR, predicting data, B(h) = e^h - 1 ("B2"); one network call a step.
 
     The estimate at a predicted point corrects that point (UniC), which raises the order to p + 1, and predicts
     the next one (UniP). The first steps are of lower order, and the last ones too where the grid ends at the
@@ -65,7 +65,7 @@ class UniPC(Sampler):
 def advanced(z: Tensor, then: Point, history: Sequence[Estimate], x0: Tensor | None = None) -> Tensor:
     """z, which lies at history[0], taken to `then`: predicted, or corrected by `x0`, the estimate there.
 
-    z' = sigma'/sigma z + gain (x0_0 + sum_k rho_k (x0_k - x0_0) / r_k), eqs. 3 and 9 for predicted data.
+    z' = sigma'/sigma z + gain (x0_0 + sum_k rho_k (x0_k - x0_0) / r_k), for predicted data.
     """
     now = history[0].at
     h = then.half_log_snr - now.half_log_snr
@@ -83,9 +83,9 @@ def advanced(z: Tensor, then: Point, history: Sequence[Estimate], x0: Tensor | N
 
 
 def rhos(ratios: Sequence[float], h: float) -> list[float]:
-    """The weights of the differences at steps r_k h (section 3.2: R rho = b / B(h)), B(h) = e^-h - 1.
+    """The weights of the differences at steps r_k h, of R rho = b / B(h) with B(h) = e^-h - 1.
 
-    One difference has the weight 1/2, which is its limit and keeps the order (appendix B).
+    One difference has the weight 1/2, which is its limit and keeps the order.
     """
     if len(ratios) < 2:
         return [0.5] * len(ratios)

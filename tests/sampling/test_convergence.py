@@ -70,7 +70,7 @@ ORDERS = {
     "dpmpp_2m": Order(without_the_data(UniformLogSNR()), 1.9, 2.1, 6e-6),
     "plms": Order(uniform, 1.7, 2.4, 5e-6),
     "lms": Order(without_the_data(Karras()), 3.6, 4.2, 1e-8),
-    # The corrector raises the order p of the predictor by one (Zhao et al. 2023, theorem 3.1).
+    # The corrector raises the order p of the predictor by one (Zhao et al. 2023).
     "unipc": Order(without_the_data(UniformLogSNR()), 2.85, 3.1, 4e-8),
     "unipc-1": Order(without_the_data(UniformLogSNR()), 1.9, 2.1, 1.5e-5, {"order": 1}),
     "unipc-3": Order(without_the_data(UniformLogSNR()), 3.85, 4.1, 6e-10, {"order": 3}),
