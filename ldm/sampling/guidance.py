@@ -51,7 +51,7 @@ class Guidance(ABC):
             if where.all():
                 return guided
             rows = where.to(z.device).view(-1, *[1] * (z.ndim - 1))
-            return Denoised(*(torch.where(rows, own, plain) for own, plain in zip(guided, to, strict=True)))
+            return Denoised(torch.where(rows, guided.x0, to.x0), torch.where(rows, guided.eps, to.eps))
 
         return denoise
 

@@ -1,5 +1,8 @@
 """PLMS, Stable Diffusion's default (Liu et al. 2022, "Pseudo Numerical Methods for Diffusion Models on Manifolds")."""
 
+from collections import deque
+from collections.abc import Iterable
+
 from torch import Tensor
 
 from ldm.diffusion.denoiser import Denoise
@@ -31,13 +34,13 @@ class PLMS(Sampler):
         noise: Noise,
         on_step: OnStep = lambda done: None,
     ) -> Tensor:
-        history: list[Tensor] = []  # eps of the last steps, the newest first
+        history: deque[Tensor] = deque(maxlen=4)  # eps of the last steps, the newest first
         for done, (now, then) in enumerate(steps_of(times, schedule, z), start=1):
             estimate = denoise(z, now.t)
             if now.alpha == 0:  # z says nothing of x0, so eps is no slope for the next steps
                 z = estimate.mix(then.alpha, then.sigma)
             else:
-                history = [estimate.eps, *history][:4]
+                history.appendleft(estimate.eps)
                 if len(history) == 1 and then.sigma > 0:
                     ahead = denoise(estimate.mix(then.alpha, then.sigma), then.t).eps
                     z = transferred(z, now, then, [ahead, *history], (0.5, 0.5))
@@ -47,7 +50,7 @@ class PLMS(Sampler):
         return z
 
 
-def transferred(z: Tensor, now: Point, then: Point, slopes: list[Tensor], weights: tuple[float, ...]) -> Tensor:
+def transferred(z: Tensor, now: Point, then: Point, slopes: Iterable[Tensor], weights: Iterable[float]) -> Tensor:
     """DDIM's step from `now` to `then` with eps the weighted sum of `slopes`."""
     scale = then.alpha / now.alpha
     gain = then.sigma - now.sigma * scale

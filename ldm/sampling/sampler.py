@@ -58,7 +58,7 @@ class Point(NamedTuple):
 
 
 def steps_of(times: Tensor, schedule: Schedule, z: Tensor) -> list[tuple[Point, Point]]:
-    """The steps (from, to) of a grid, for z [B, ...]; all levels are computed here, at once."""
+    """The steps (from, to) of a grid, for z [B, ...]; all levels are computed at once, before the first step."""
     times = times.to(device="cpu", dtype=torch.float64)
     alpha, sigma, _, _ = schedule(times)
     rows = times[:, None].expand(-1, len(z)).unbind()
