@@ -1,11 +1,14 @@
-"""What a sampling step costs beside the network, ours and diffusers' in one process: `python -m benchmarks.samplers`.
+"""Our samplers' own cost for each network call, beside diffusers' schedulers: python -m benchmarks.samplers.
 
 The network is trivial (it gives a fixed tensor), so all that is timed is the sampler and, on our side, the denoiser
 with its conversion to (x0, eps), the levels of the grid included. On diffusers' side `scale_model_input` and `step`
 are timed, `set_timesteps` is not. Noise is not drawn on either side; what drawing costs stands by itself.
-A cost is that of one network call (Heun makes 99 in 50 steps, PLMS 51). Rounds are interleaved; medians, quartiles.
+A cost is that of one network call (Heun makes 99 in 50 steps, PLMS 51). Rounds are interleaved. Medians with quartiles
+say what a machine gives, minima what the code needs: on a busy machine read those.
 
-The second table is a whole generation of 50 steps with a UNet against its network calls alone.
+The second table is a guided generation of 50 steps with a UNet, noise drawn, against its network calls alone.
+
+    --only ddim/heun --rounds 100 --whole-rounds 0       fewer samplers, more rounds, the first table alone
 """
 
 import argparse
@@ -13,8 +16,9 @@ import importlib
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from unittest.mock import patch
 
@@ -26,10 +30,13 @@ from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.prediction import Epsilon, Prediction, V
 from ldm.diffusion.schedule import ScaledLinear
 from ldm.networks.unet import UNet
+from ldm.sampling.guidance import ClassifierFree
 from ldm.sampling.noise import ImageNoise
+from ldm.sampling.sampler import start
 
 SCHEDULE = ScaledLinear()
 SHAPE = (4, 64, 64)
+NAMES = list(PEERS)
 NETWORK_CALLS = {"heun": 2 * STEPS - 1, "plms": STEPS + 1}
 RANDOM = ("ddpm", "dpmsolver_multistep", "euler_ancestral_discrete", "ddim")
 
@@ -41,8 +48,26 @@ class Trivial(nn.Module):
         super().__init__()
         self.out = out
 
-    def forward(self, z: Tensor, t: Tensor) -> Tensor:
-        return self.out
+    def __call__(self, z: Tensor, t: Tensor) -> Tensor:
+        return self.out  # a plain call, as on diffusers' side
+
+
+class Timed(nn.Module):
+    """A network that adds up how long its calls take, on the device too."""
+
+    def __init__(self, network: nn.Module, device: torch.device) -> None:
+        super().__init__()
+        self.network = network
+        self.device = device
+        self.seconds = 0.0
+
+    def forward(self, z: Tensor, t: Tensor, **inputs: Tensor) -> Tensor:
+        synchronize(self.device)
+        began = time.perf_counter()
+        out: Tensor = self.network(z, t, **inputs)
+        synchronize(self.device)
+        self.seconds += time.perf_counter() - began
+        return out
 
 
 def seconds(run: Callable[[], object], device: torch.device) -> float:
@@ -79,7 +104,11 @@ def our_run(entry: Peer, denoiser: Denoiser, z: Tensor, noise: Tensor) -> Callab
     def denoise(z: Tensor, t: Tensor) -> object:
         return denoiser(z, t, {})
 
-    return lambda: entry.sampler(denoise, z, entry.times, SCHEDULE, lambda shape: noise)  # type: ignore[arg-type]
+    def run() -> None:
+        denoiser.prepare(entry.times)
+        entry.sampler(denoise, z, entry.times, SCHEDULE, lambda shape: noise)  # type: ignore[arg-type]
+
+    return run
 
 
 def their_run(entry: Peer, z: Tensor, out: Tensor) -> tuple[Callable[[], object], Callable[[], object]]:
@@ -96,105 +125,106 @@ def quartiles(times: list[float]) -> tuple[float, float, float]:
     return low, middle, high
 
 
-def own_cost(rounds: int, device: torch.device) -> list[str]:
-    """The first table: microseconds for each network call."""
+def own_cost(names: Sequence[str], rounds: int, device: torch.device) -> Iterator[str]:
+    """The lines of the first table, each as it is measured: microseconds for each network call."""
     z, out, noise = torch.randn(3, 1, *SHAPE, device=device)
-    lines = [
-        "| sampler | epsilon, µs (quartiles) | v, µs | diffusers, µs (quartiles) | times less |",
-        "|---|---|---|---|---|",
-    ]
+    yield "| sampler | epsilon, µs (quartiles; least) | v, µs (least) | diffusers, µs (quartiles; least) | times less |"
+    yield "|---|---|---|---|---|"
     predictions: dict[str, Prediction] = {"epsilon": Epsilon(), "v": V()}
-    taken: dict[str, dict[str, list[float]]] = {name: {"epsilon": [], "v": [], "diffusers": []} for name in PEERS}
     with torch.inference_mode(), diffusers_noise(noise):
-        for number in range(rounds + 1):  # the first one warms up
-            for name, entry in PEERS.items():
-                found = {}
-                for label, prediction in predictions.items():
-                    denoiser = Denoiser(Trivial(out), SCHEDULE, prediction)
-                    run = our_run(entry, denoiser, z, noise)
-                    run()
-                    found[label] = seconds(run, device)
-                reset, run = their_run(entry, z, out)
-                reset()
-                run()
-                reset()
-                found["diffusers"] = seconds(run, device)
-                if number:
-                    calls = NETWORK_CALLS.get(name, STEPS)
-                    for label, value in found.items():
-                        taken[name][label].append(value / calls * 1e6)
-    for name, times in taken.items():
-        low, ours, high = quartiles(times["epsilon"])
-        low_peer, theirs, high_peer = quartiles(times["diffusers"])
-        v = quartiles(times["v"])[1]
-        lines.append(
-            f"| {name} | {ours:.1f} ({low:.1f} to {high:.1f}) | {v:.1f} "
-            f"| {theirs:.0f} ({low_peer:.0f} to {high_peer:.0f}) | {theirs / ours:.1f}, {theirs / v:.1f} |"
-        )
+        for name in names:
+            runs = {
+                label: our_run(PEERS[name], Denoiser(Trivial(out), SCHEDULE, prediction), z, noise)
+                for label, prediction in predictions.items()
+            }
+            reset, runs["diffusers"] = their_run(PEERS[name], z, out)
+            taken: dict[str, list[float]] = {label: [] for label in runs}
+            for number in range(rounds + 1):  # the first one warms up
+                for label, run in runs.items():
+                    reset()
+                    found = seconds(run, device) / NETWORK_CALLS.get(name, STEPS) * 1e6
+                    if number:
+                        taken[label].append(found)
+            yield own_line(name, taken)
     draw = ImageNoise([0], device)
     drawing = [seconds(lambda: draw(SHAPE), device) * 1e6 for _ in range(20 * rounds)]
-    return [*lines, "", f"Drawing the noise of one picture: {statistics.median(drawing):.0f} µs."]
+    yield ""
+    yield f"Drawing the noise of one picture: {statistics.median(drawing):.0f} µs, at least {min(drawing):.0f}."
 
 
-def whole_cost(rounds: int, device: torch.device) -> list[str]:
-    """The second table: 50 steps with a UNet against its calls alone."""
+def own_line(name: str, taken: Mapping[str, list[float]]) -> str:
+    low, ours, high = quartiles(taken["epsilon"])
+    low_peer, theirs, high_peer = quartiles(taken["diffusers"])
+    least, least_v, least_peer = (min(taken[label]) for label in ("epsilon", "v", "diffusers"))
+    return (
+        f"| {name} | {ours:.1f} ({low:.1f} to {high:.1f}; {least:.1f}) "
+        f"| {quartiles(taken['v'])[1]:.1f} ({least_v:.1f}) "
+        f"| {theirs:.0f} ({low_peer:.0f} to {high_peer:.0f}; {least_peer:.0f}) "
+        f"| {theirs / ours:.1f} (of the least: {least_peer / least:.1f}) |"
+    )
+
+
+def whole_cost(names: Sequence[str], rounds: int, device: torch.device) -> Iterator[str]:
+    """The lines of the second table: what a guided run of 50 steps takes beside its calls of a UNet."""
     torch.manual_seed(0)
-    unet = UNet(4, 4, 48, channel_mult=(1, 2, 2), num_res_blocks=1, attention_levels=(False, True, True),
-                head_channels=48, context_dim=128, groups=8)  # fmt: skip
-    network = unet.eval().to(device)
-    z, noise = torch.randn(2, 1, *SHAPE, device=device)
-    inputs = {"tokens": torch.randn(1, 77, 128, device=device)}
-    denoiser, t = Denoiser(network, SCHEDULE, V()), torch.full((1,), 500.0, device=device)
-    taken: dict[str, list[float]] = {name: [] for name in PEERS}
-    calls_of: list[float] = []
+    unet = UNet(4, 4, 32, channel_mult=(1, 2, 2), num_res_blocks=1, attention_levels=(False, False, True),
+                head_channels=32, context_dim=128, groups=8)  # fmt: skip
+    network = Timed(unet.eval().to(device), device)
+    denoiser = Denoiser(network, SCHEDULE, V())
+    tokens, nothing = torch.randn(2, 1, 77, 128, device=device)
+    guidance = ClassifierFree(7.5)
 
-    def alone(calls: int) -> None:
-        for _ in range(calls):
-            network(z, t, **inputs)
+    def generate(entry: Peer) -> None:
+        noise = ImageNoise([0], device)
+        denoiser.prepare(entry.times)
+        denoise = guidance(denoiser, {"tokens": tokens}, {"tokens": nothing})
+        entry.sampler(denoise, start(noise(SHAPE), entry.times, SCHEDULE), entry.times, SCHEDULE, noise)
 
+    calls: list[float] = []
+    lines = ["| sampler | more than the network's calls, % (quartiles) | ms a picture |", "|---|---|---|"]
     with torch.inference_mode():
-        for number in range(rounds + 1):
-            for name, entry in PEERS.items():
-                calls = NETWORK_CALLS.get(name, STEPS)
-                before = seconds(lambda n=calls: alone(n), device)  # type: ignore[misc]
-                run = lambda e=entry: e.sampler(  # noqa: E731
-                    lambda z, t: denoiser(z, t, inputs), z, e.times, SCHEDULE, lambda shape: noise
-                )
-                whole = seconds(run, device)
-                after = seconds(lambda n=calls: alone(n), device)  # type: ignore[misc]
-                if number:
-                    taken[name].append(whole / ((before + after) / 2) * 100 - 100)
-                    calls_of.append((before + after) / 2 / calls * 1e3)
-    lines = [
-        f"A UNet of 3.8M parameters, {statistics.median(calls_of):.1f} ms a call; a whole run beside its calls alone:",
-        "",
-        "| sampler | more, % (quartiles) |",
-        "|---|---|",
-    ]
-    for name, more in taken.items():
-        low, middle, high = quartiles(more)
-        lines.append(f"| {name} | {middle:+.2f} ({low:+.2f} to {high:+.2f}) |")
-    return lines
+        generate(PEERS["ddim"])
+        for name in names:
+            more: list[float] = []
+            own: list[float] = []
+            for _ in range(max(rounds, 2)):
+                network.seconds = 0.0
+                whole = seconds(lambda e=PEERS[name]: generate(e), device)  # type: ignore[misc]
+                more.append((whole / network.seconds - 1.0) * 100)
+                own.append((whole - network.seconds) * 1e3)
+                calls.append(network.seconds / NETWORK_CALLS.get(name, STEPS) * 1e3)
+            low, middle, high = quartiles(more)
+            lines.append(f"| {name} | {middle:.2f} ({low:.2f} to {high:.2f}) | {statistics.median(own):.1f} |")
+    size = sum(parameter.numel() for parameter in network.parameters()) / 1e6
+    yield f"A UNet of {size:.1f}M parameters, {statistics.median(calls):.1f} ms a call of two rows (guidance):"
+    yield ""
+    yield from lines
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--whole-rounds", type=int, default=5, help="0 leaves the second table out")
+    parser.add_argument("--rounds", type=int, default=25)
+    parser.add_argument("--whole-rounds", type=int, default=3, help="0 leaves the second table out")
+    parser.add_argument("--only", default="/".join(NAMES), help=f"some of {', '.join(NAMES)}")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, help="a file for the tables as well, e.g. benchmarks/results/samplers.md")
     given = parser.parse_args()
-    device = torch.device(given.device)
+    device, names = torch.device(given.device), given.only.split("/")
+    if unknown := set(names) - set(NAMES):
+        parser.error(f"--only: {', '.join(sorted(unknown))}: there is no such sampler; there are {', '.join(NAMES)}")
     torch.set_num_threads(1)
     what = torch.cuda.get_device_name(device) if device.type == "cuda" else "one CPU thread"
+    written: list[str] = []
     lines = [f"torch {torch.__version__}, {what}, latents 1 x {SHAPE}, {given.rounds} rounds", ""]
-    lines += own_cost(given.rounds, device)
+    tables = own_cost(names, max(given.rounds, 2), device)
     if given.whole_rounds:
-        lines += ["", *whole_cost(given.whole_rounds, device)]
-    text = "\n".join(lines) + "\n"
-    sys.stdout.write(text)
+        tables = chain(tables, [""], whole_cost(names, given.whole_rounds, device))
+    for line in chain(lines, tables):
+        sys.stdout.write(f"{line}\n")
+        sys.stdout.flush()
+        written.append(line)
     if given.out:
-        given.out.write_text(text)
+        given.out.write_text("\n".join(written) + "\n")
 
 
 if __name__ == "__main__":

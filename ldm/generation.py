@@ -105,8 +105,10 @@ class Generator:
             raise UserError("a mask says what of a picture is painted anew: give the picture too (init_image)")
         fields, inputs, negative = self._conditions(requests, self._shown(images, masks, (len(requests), 3, *size)))
 
-        denoise = settings.guidance(self.denoiser, inputs, negative, fields)
         times = settings.times(schedule)
+        self.denoiser.prepare(times)
+        settings.guidance.check(self.denoiser, self.first_stage)
+        denoise = settings.guidance(self.denoiser, inputs, negative, fields)
         noise = ImageNoise([request.seed for request in requests], self.device)
         eps = noise(shape)
         z = start(eps, times, schedule)

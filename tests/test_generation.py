@@ -1,6 +1,7 @@
 """The generator: text to image, image to image, inpainting both ways, sizes, batches that fit."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from math import prod
 
 import pytest
@@ -26,6 +27,7 @@ from ldm.latent_diffusion import LatentDiffusion
 from ldm.networks.autoencoder import Decoder, Encoder
 from ldm.networks.unet import UNet
 from ldm.randomness import keys
+from ldm.sampling.autoguidance import Autoguidance
 from ldm.sampling.ddim import DDIM
 from ldm.sampling.dpmpp_2m import DPMPP2M
 from ldm.sampling.grid import Trailing
@@ -138,6 +140,34 @@ def test_a_full_mask_is_text_to_image_and_an_empty_one_changes_nothing(generator
     torch.testing.assert_close(one(generator, request(3, image=picture(), mask=everything)), one(generator, request(3)))
     kept = one(generator, request(3, image=picture(), mask=nothing))
     torch.testing.assert_close(kept, picture() * 0.5 + 0.5)
+
+
+def test_the_network_sees_the_kept_part_and_what_is_painted_depends_on_it() -> None:
+    """A network that was not trained for it is shown the noised picture where that is kept."""
+    whole, seen = model(), list[Tensor]()
+    whole.denoiser.network.register_forward_pre_hook(lambda module, given: seen.append(given[0].clone()))
+    generator, mask = Generator(whole), left_half()
+    made = [one(generator, request(3, image=picture(seed), mask=mask)) for seed in (0, 1)]
+    calls = len(seen) // 2
+    for number, (first, second) in enumerate(zip(seen[:calls], seen[calls:], strict=True)):
+        assert not torch.equal(first[:, :, :, 4:], second[:, :, :, 4:])  # two pictures, at every step
+        assert torch.equal(first[:, :, :, :4], second[:, :, :, :4]) == (number == 0)  # their effect on the rest
+    assert float((made[0] - made[1])[:, :, :16].abs().mean()) > 1e-3
+    t = torch.tensor([SETTINGS.times(ScaledLinear())[0]])
+    known = generator.first_stage.encode(picture(1)[None])
+    begun = noised(known, ImageNoise([3])((4, 8, 8)), t[0], ScaledLinear())
+    torch.testing.assert_close(seen[calls][:1, :, :, 4:], begun[:, :, :, 4:])
+
+
+def test_a_weaker_model_of_another_first_stage_is_refused(generator: Generator) -> None:
+    other = model()
+    guidance = Autoguidance(ClassifierFree(2.0), other.denoiser, first_stage=other.first_stage)
+    settings = replace(SETTINGS, guidance=guidance)
+    one(generator, request(3), settings)  # its own weights, a copy of them
+    nn.init.zeros_(next(other.first_stage.parameters()))
+    again = Autoguidance(ClassifierFree(2.0), other.denoiser, first_stage=other.first_stage)
+    with pytest.raises(UserError, match="another first stage"):
+        one(generator, request(3), replace(settings, guidance=again))
 
 
 @pytest.mark.parametrize("sampler", [DDIM(), DDIM(eta=1.0), DPMPP2M()], ids=["ddim", "ddpm", "dpmpp_2m"])

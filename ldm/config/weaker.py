@@ -17,7 +17,7 @@ def autoguidance(guidance: Guidance, checkpoint: str, weights: str = "ema") -> A
     def describe(fields: Fields, device: torch.device) -> Inputs:
         return model.conditioner.to(device)(fields, None).inputs()
 
-    return Autoguidance(guidance, model.denoiser, describe)
+    return Autoguidance(guidance, model.denoiser, describe, model.first_stage)
 
 
 @cache

@@ -23,6 +23,14 @@ class TimeFacts(NamedTuple):
     solution: Solution
 
 
+class RowFacts(NamedTuple):
+    """The same for a batch: the network's time as the tensor [B] that it is given."""
+
+    network_time: Tensor
+    input_scale: float
+    solution: Solution
+
+
 class Denoiser(nn.Module):
     """Turns a network's output into (x0, eps); refuses singular combinations when it is built."""
 
@@ -32,7 +40,8 @@ class Denoiser(nn.Module):
         self.network = network
         self.schedule = schedule
         self.prediction = prediction
-        self._facts: dict[float, TimeFacts] = {}
+        self._of_time: dict[float, TimeFacts] = {}
+        self._of_rows: dict[tuple[float, int, torch.device], RowFacts] = {}
 
     def output(self, z: Tensor, t: Tensor, level: Level, inputs: dict[str, Tensor]) -> Tensor:
         """The network's raw output at z [B, C, h, w], times t [B] and their level [B], float32, shaped like z."""
@@ -47,24 +56,34 @@ class Denoiser(nn.Module):
         read for that, so keep it on the CPU: reading it from a GPU would wait for the GPU.
         """
         times = t.tolist()
-        if times.count(times[0]) < len(times):
+        time, rows = times[0], len(times)
+        if times.count(time) < rows:
             level = self.schedule(t)
             return self.prediction.solve(z, self.output(z, t, level, inputs).to(z.dtype), level.like(z))
-        facts = self._facts.get(times[0]) or self._remember(times[0])
-        network_time = torch.full((len(z),), facts.network_time, dtype=torch.float32, device=z.device)
+        facts = self._of_rows.get((time, rows, z.device)) or self._rows(time, rows, z.device)
         scaled = z if facts.input_scale == 1.0 else z * facts.input_scale
-        out: Tensor = self.network(scaled, network_time, **inputs)
-        return Denoised.solved(z, out.to(z.dtype), facts.solution)
+        out: Tensor = self.network(scaled, facts.network_time, **inputs)
+        return Denoised(z, out if out.dtype is z.dtype else out.to(z.dtype), facts.solution)
 
-    def _remember(self, t: float) -> TimeFacts:
-        time = torch.tensor(t, dtype=torch.float64, device="cpu")
-        level = self.schedule(time)
-        facts = TimeFacts(
-            float(self.schedule.network_time(time)),
-            float(self.prediction.input_scale(level)),
-            self.prediction.solution(level),
-        )
-        if len(self._facts) >= REMEMBERED_TIMES:
-            self._facts.clear()
-        self._facts[t] = facts
+    def prepare(self, times: Tensor) -> None:
+        """Compute what depends on the times [T] of a run, all at once; what is not prepared is when it is met."""
+        times = times.to(device="cpu", dtype=torch.float64)
+        if all(time in self._of_time for time in times.tolist()):
+            return
+        if len(self._of_time) + len(times) > REMEMBERED_TIMES:
+            self._of_time.clear()
+        level = self.schedule(times)
+        scales = self.prediction.input_scale(level).tolist()
+        facts = map(TimeFacts, self.schedule.network_time(times).tolist(), scales, self.prediction.solutions(level))
+        self._of_time.update(zip(times.tolist(), facts, strict=True))
+
+    def _rows(self, time: float, rows: int, device: torch.device) -> RowFacts:
+        if time not in self._of_time:
+            self.prepare(torch.tensor([time], dtype=torch.float64))
+        network_time, scale, solution = self._of_time[time]
+        if len(self._of_rows) >= REMEMBERED_TIMES:
+            self._of_rows.clear()
+        with torch.inference_mode(False):  # a tensor made in inference mode could not be used in training
+            facts = RowFacts(torch.full((rows,), network_time, dtype=torch.float32, device=device), scale, solution)
+        self._of_rows[time, rows, device] = facts
         return facts

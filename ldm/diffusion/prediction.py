@@ -15,6 +15,16 @@ from ldm.diffusion.schedule import Level, Schedule
 from ldm.errors import UserError
 
 
+class Solution(NamedTuple):
+    """x0 and eps of two tensors: each the factors of the one and of the other. Plain numbers, for one time."""
+
+    x0: tuple[float, float]
+    eps: tuple[float, float]
+
+
+THE_PAIR_ITSELF = Solution((1.0, 0.0), (0.0, 1.0))
+
+
 class Denoised:
     """An estimate of the data and of the noise in z, each shaped like z: `z = alpha x0 + sigma eps`.
 
@@ -22,34 +32,48 @@ class Denoised:
     the network's output), so that a sampler pays for the combination that it asks for and for no other.
     """
 
-    __slots__ = ("_eps", "_parts", "_x0")
+    __slots__ = ("_eps", "_u", "_v", "_x0")
 
-    def __init__(self, x0: Tensor, eps: Tensor) -> None:
-        self._parts = (x0, eps)
-        self._x0, self._eps = (1.0, 0.0), (0.0, 1.0)
-
-    @classmethod
-    def solved(cls, z: Tensor, out: Tensor, solution: "Solution") -> "Denoised":
-        """The estimate for which the network's output at z is `out`."""
-        estimate = cls(z, out)
-        estimate._x0, estimate._eps = solution.x0, solution.eps
-        return estimate
+    def __init__(self, u: Tensor, v: Tensor, solution: Solution = THE_PAIR_ITSELF) -> None:
+        """Of (x0, eps); or of (z, the network's output) and what they say of x0 and eps."""
+        self._u, self._v = u, v
+        self._x0, self._eps = solution
 
     @property
     def x0(self) -> Tensor:
         """The data, shaped like z. May share memory with the network's output: never change it in place."""
-        return combined(*self._parts, *self._x0)
+        return combined(self._u, self._v, *self._x0)
 
     @property
     def eps(self) -> Tensor:
         """The noise, shaped like z. May share memory with the network's output: never change it in place."""
-        return combined(*self._parts, *self._eps)
+        return combined(self._u, self._v, *self._eps)
 
     def mix(self, alpha: float, sigma: float) -> Tensor:
         """alpha x0 + sigma eps, a new tensor: where the estimate lies at another noise level."""
         (x0_u, x0_v), (eps_u, eps_v) = self._x0, self._eps
-        u, v = self._parts
-        return (u * (alpha * x0_u + sigma * eps_u)).add_(v, alpha=alpha * x0_v + sigma * eps_v)
+        return (self._u * (alpha * x0_u + sigma * eps_u)).add_(self._v, alpha=alpha * x0_v + sigma * eps_v)
+
+    def add_to_(self, z: Tensor, alpha: float, sigma: float) -> Tensor:
+        """z, to which alpha x0 + sigma eps is added in place."""
+        (x0_u, x0_v), (eps_u, eps_v) = self._x0, self._eps
+        for tensor, factor in ((self._u, alpha * x0_u + sigma * eps_u), (self._v, alpha * x0_v + sigma * eps_v)):
+            if factor != 0.0:
+                z.add_(tensor, alpha=factor)
+        return z
+
+    def halves(self) -> tuple["Denoised", "Denoised"]:
+        """The estimates of the first and of the second half of the rows."""
+        (u_1, u_2), (v_1, v_2) = self._u.chunk(2), self._v.chunk(2)
+        factors = Solution(self._x0, self._eps)
+        return Denoised(u_1, v_1, factors), Denoised(u_2, v_2, factors)
+
+    def lerp(self, end: "Denoised", weight: float) -> "Denoised":
+        """The estimate `weight` of the way from this one to `end` (0: this one, 1: `end`), both of the same z."""
+        if (self._x0, self._eps) == (end._x0, end._eps):
+            u, v = self._u.lerp(end._u, weight), self._v.lerp(end._v, weight)
+            return Denoised(u, v, Solution(self._x0, self._eps))
+        return Denoised(self.x0.lerp(end.x0, weight), self.eps.lerp(end.eps, weight))
 
     def __iter__(self) -> Iterator[Tensor]:
         """`x0, eps = denoised`."""
@@ -64,13 +88,6 @@ def combined(u: Tensor, v: Tensor, a: float, b: float) -> Tensor:
     if a == 0.0:
         return v if b == 1.0 else v * b
     return (u * a).add_(v, alpha=b)
-
-
-class Solution(NamedTuple):
-    """x0 and eps of a network's output: each the factors of z and of the output. Plain numbers, for one time."""
-
-    x0: tuple[float, float]
-    eps: tuple[float, float]
 
 
 class Prediction(ABC):
@@ -91,12 +108,13 @@ class Prediction(ABC):
         det = level.alpha * b - level.sigma * a
         return Denoised((b * z - level.sigma * out) / det, (level.alpha * out - a * z) / det)
 
-    def solution(self, level: Level) -> Solution:
-        """What `solve` does at one level (of scalars), as plain numbers."""
-        a, b = (float(part) for part in self.coefficients(level))
-        alpha, sigma = float(level.alpha), float(level.sigma)
-        det = alpha * b - sigma * a
-        return Solution((b / det, -sigma / det), (-a / det, alpha / det))
+    def solutions(self, level: Level) -> list[Solution]:
+        """What `solve` does at each of some levels [T], as plain numbers: the factors of z and of the output."""
+        a, b = self.coefficients(level)
+        det = level.alpha * b - level.sigma * a
+        of_z_and_out = (b / det, -level.sigma / det, -a / det, level.alpha / det)
+        rows = zip(*(factor.tolist() for factor in of_z_and_out), strict=True)
+        return [Solution((x0_z, x0_out), (eps_z, eps_out)) for x0_z, x0_out, eps_z, eps_out in rows]
 
     def input_scale(self, level: Level) -> Tensor:
         """What z is multiplied by before the network sees it, shaped like the level's alpha: 1, but for EDM."""

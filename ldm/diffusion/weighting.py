@@ -36,7 +36,7 @@ class Uniform(Weighting):
 
 
 class MinSNR(Weighting):
-    """min(SNR, gamma) on the error of x0, whatever the network predicts (Hang et al. 2023, eq. 5)."""
+    """min(SNR, gamma) on the error of x0, whatever the network predicts (Hang et al. 2023)."""
 
     def __init__(self, gamma: float = 5.0) -> None:
         super().__init__()
@@ -64,7 +64,7 @@ class SoftMinSNR(Weighting):
 
 
 class P2(Weighting):
-    """1 / (k + SNR)^gamma on the error of eps (Choi et al. 2022, eq. 8): less of the imperceptible details."""
+    """1 / (k + SNR)^gamma on the error of eps (Choi et al. 2022): less of the imperceptible details."""
 
     def __init__(self, gamma: float = 1.0, k: float = 1.0) -> None:
         super().__init__()

@@ -90,7 +90,7 @@ class Evaluation:
             yield self._row(reference, "pictures", reference, {}, others=False)
             yield self._reconstructions(reference)
             for scale in scales:
-                yield self._samples(reference, scale)
+                yield self.samples(reference, scale)
 
     @torch.inference_mode()
     def _reconstructions(self, reference: ReferenceSet) -> Row:
@@ -112,7 +112,8 @@ class Evaluation:
         metrics = {"psnr_db": Value(mean, mean - half, mean + half), **row.result.metrics}
         return replace(row, result=Result(row.result.protocol, metrics))
 
-    def _samples(self, reference: ReferenceSet, scale: float) -> Row:
+    def samples(self, reference: ReferenceSet, scale: float) -> Row:
+        """The row of the samples for the captions of a set at a guidance scale."""
         settings = self.settings(scale)
         requests = [
             Request({"caption": caption}, self.seed + i, {"caption": self.negative_prompt})

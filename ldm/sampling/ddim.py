@@ -5,7 +5,7 @@ from torch import Tensor
 from ldm.diffusion.denoiser import Denoise
 from ldm.diffusion.schedule import Schedule
 from ldm.errors import UserError
-from ldm.sampling.sampler import Noise, OnStep, Sampler, add_noise, posterior_deviation, steps_of
+from ldm.sampling.sampler import Noise, OnStep, Sampler, add_noise_, posterior_deviation, steps_of
 
 
 class DDIM(Sampler):
@@ -28,6 +28,6 @@ class DDIM(Sampler):
         for done, (now, then) in enumerate(steps_of(times, schedule, z), start=1):
             fresh = self.eta * posterior_deviation(now, then)
             kept = max(then.sigma**2 - fresh**2, 0.0) ** 0.5
-            z = add_noise(denoise(z, now.t).mix(then.alpha, kept), fresh, noise)
+            z = add_noise_(denoise(z, now.t).mix(then.alpha, kept), fresh, noise)
             on_step(done)
         return z

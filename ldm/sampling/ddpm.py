@@ -4,14 +4,14 @@ from torch import Tensor
 
 from ldm.diffusion.denoiser import Denoise
 from ldm.diffusion.schedule import Schedule
-from ldm.sampling.sampler import Noise, OnStep, Sampler, add_noise, steps_of
+from ldm.sampling.sampler import Noise, OnStep, Sampler, add_noise_, steps_of
 
 
 class DDPM(Sampler):
     """Algorithm 2: draws from the posterior of the next z, given z and the estimate of x0.
 
     The variance is the posterior's own (eq. 7, "fixed small"). Between any two times, as in Kingma et al. 2021
-    ("Variational Diffusion Models", eqs. 23 to 33), so that a grid may leave times out.
+    ("Variational Diffusion Models", appendix A), so that a grid may leave times out.
     """
 
     def __call__(
@@ -30,6 +30,6 @@ class DDPM(Sampler):
             of_x0 = then.alpha * sigma2 / now.sigma**2
             # of_z z + of_x0 x0, where z is now.alpha x0 + now.sigma eps
             mean = denoise(z, now.t).mix(of_x0 + of_z * now.alpha, of_z * now.sigma)
-            z = add_noise(mean, max(sigma2, 0.0) ** 0.5 * then.sigma / now.sigma, noise)
+            z = add_noise_(mean, max(sigma2, 0.0) ** 0.5 * then.sigma / now.sigma, noise)
             on_step(done)
         return z

@@ -5,6 +5,7 @@ from math import expm1
 from torch import Tensor
 
 from ldm.diffusion.denoiser import Denoise
+from ldm.diffusion.prediction import Denoised
 from ldm.diffusion.schedule import Schedule
 from ldm.sampling.sampler import Noise, OnStep, Sampler, steps_of
 
@@ -25,18 +26,17 @@ class DPMPP2M(Sampler):
         noise: Noise,
         on_step: OnStep = lambda done: None,
     ) -> Tensor:
-        previous: Tensor | None = None  # x0 one step ago
+        previous: Denoised | None = None  # one step ago
         h_previous = 0.0
         for done, (now, then) in enumerate(steps_of(times, schedule, z), start=1):
-            x0 = denoise(z, now.t).x0
+            estimate = denoise(z, now.t)
             h = then.half_log_snr - now.half_log_snr
-            z = z * (then.sigma / now.sigma)
             gain = -then.alpha * expm1(-h)
-            if previous is None or then.sigma == 0:
-                z.add_(x0, alpha=gain)
-            else:
-                r = h / (2 * h_previous)
-                z.add_(x0, alpha=gain * (1 + r)).add_(previous, alpha=-gain * r)
-            previous, h_previous = x0, h
+            r = 0.0 if previous is None or then.sigma == 0 else h / (2 * h_previous)
+            # sigma'/sigma z + gain ((1 + r) x0 - r x0 one step ago), where z is alpha x0 + sigma eps
+            z = estimate.mix(then.sigma / now.sigma * now.alpha + gain * (1 + r), then.sigma)
+            if previous is not None:
+                previous.add_to_(z, -gain * r, 0.0)
+            previous, h_previous = estimate, h
             on_step(done)
         return z

@@ -1,13 +1,14 @@
-"""SDE-DPM-Solver++(2M) (Lu et al. 2022, "DPM-Solver++: Fast Solver for Guided Sampling", section 5)."""
+"""SDE-DPM-Solver++(2M) (Lu et al. 2022, "DPM-Solver++: Fast Solver for Guided Sampling")."""
 
 from math import exp, expm1
 
 from torch import Tensor
 
 from ldm.diffusion.denoiser import Denoise
+from ldm.diffusion.prediction import Denoised
 from ldm.diffusion.schedule import Schedule
 from ldm.errors import UserError
-from ldm.sampling.sampler import Noise, OnStep, Sampler, add_noise, steps_of
+from ldm.sampling.sampler import Noise, OnStep, Sampler, add_noise_, steps_of
 
 
 class DPMPP2MSDE(Sampler):
@@ -31,20 +32,20 @@ class DPMPP2MSDE(Sampler):
         noise: Noise,
         on_step: OnStep = lambda done: None,
     ) -> Tensor:
-        previous: Tensor | None = None  # x0 one step ago
+        previous: Denoised | None = None  # one step ago
         h_previous = 0.0
         for done, (now, then) in enumerate(steps_of(times, schedule, z), start=1):
-            x0 = denoise(z, now.t).x0
+            estimate = denoise(z, now.t)
             h = then.half_log_snr - now.half_log_snr
             fading = self.eta * h if self.eta else 0.0  # h is infinite at the ends
-            z = z * (then.sigma / now.sigma * exp(-fading))
+            scale = then.sigma / now.sigma * exp(-fading)
             gain = -then.alpha * expm1(-h - fading)
-            if previous is None or then.sigma == 0:
-                z.add_(x0, alpha=gain)
-            else:
-                r = h / (2 * h_previous)
-                z.add_(x0, alpha=gain * (1 + r)).add_(previous, alpha=-gain * r)
-            z = add_noise(z, then.sigma * (-expm1(-2 * fading)) ** 0.5, noise)
-            previous, h_previous = x0, h
+            r = 0.0 if previous is None or then.sigma == 0 else h / (2 * h_previous)
+            # scale z + gain ((1 + r) x0 - r x0 one step ago), where z is alpha x0 + sigma eps
+            z = estimate.mix(scale * now.alpha + gain * (1 + r), scale * now.sigma)
+            if previous is not None:
+                previous.add_to_(z, -gain * r, 0.0)
+            z = add_noise_(z, then.sigma * (-expm1(-2 * fading)) ** 0.5, noise)
+            previous, h_previous = estimate, h
             on_step(done)
         return z

@@ -5,7 +5,7 @@ from torch import Tensor
 from ldm.diffusion.denoiser import Denoise
 from ldm.diffusion.schedule import Schedule
 from ldm.errors import UserError
-from ldm.sampling.sampler import Noise, OnStep, Sampler, add_noise, steps_of
+from ldm.sampling.sampler import Noise, OnStep, Sampler, add_noise_, steps_of
 
 
 class EulerAncestral(Sampler):
@@ -33,6 +33,6 @@ class EulerAncestral(Sampler):
             s_up = min(s_next, self.eta * s_next * (1.0 - (s_next / s) ** 2) ** 0.5)
             s_down = (s_next**2 - s_up**2) ** 0.5
             z = denoise(z, now.t).mix(then.alpha, then.alpha * s_down)
-            z = add_noise(z, then.alpha * s_up, noise)
+            z = add_noise_(z, then.alpha * s_up, noise)
             on_step(done)
         return z

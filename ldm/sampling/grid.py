@@ -66,7 +66,7 @@ class Linspace(Grid):
 
 
 class UniformLogSNR(Grid):
-    """Equal steps in log-SNR, then the data (Lu et al. 2022, DPM-Solver, section 4)."""
+    """Equal steps in log-SNR, then the data (Lu et al. 2022, DPM-Solver)."""
 
     def times(self, schedule: Schedule, steps: int) -> Tensor:
         first, last = log_snr_of_ends(schedule)

@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ldm.diffusion.denoiser import Denoise, Denoiser
 from ldm.diffusion.prediction import Denoised
@@ -51,9 +51,13 @@ class Guidance(ABC):
             if where.all():
                 return guided
             rows = where.to(z.device).view(-1, *[1] * (z.ndim - 1))
-            return Denoised(*(torch.where(rows, own, plain) for own, plain in zip(guided, to, strict=True)))
+            return Denoised(torch.where(rows, guided.x0, to.x0), torch.where(rows, guided.eps, to.eps))
 
         return denoise
+
+    def check(self, denoiser: Denoiser, first_stage: nn.Module) -> None:
+        """Raise UserError where it brings a model of its own that does not go with this one and its first stage."""
+        return
 
     @abstractmethod
     def applies(self, schedule: Schedule, t: Tensor) -> Tensor:
@@ -84,15 +88,13 @@ class ClassifierFree(Guidance):
         both = {name: torch.cat([negative[name], inputs[name]]) for name in inputs}
 
         def halves(z: Tensor, t: Tensor) -> tuple[Denoised, Denoised]:
-            x0, eps = denoiser(torch.cat([z, z]), torch.cat([t, t]), both)
-            (x0_away, x0_to), (eps_away, eps_to) = x0.chunk(2), eps.chunk(2)
-            return Denoised(x0_away, eps_away), Denoised(x0_to, eps_to)
+            return denoiser(torch.cat([z, z]), torch.cat([t, t]), both).halves()  # type: ignore[no-any-return]
 
         return halves
 
     def rule(self, schedule: Schedule) -> Rule:
-        # x0 and eps are both linear in the network's output, so guiding each is guiding the output.
-        return lambda z, t, away, to: Denoised(away.x0.lerp(to.x0, self.scale), away.eps.lerp(to.eps, self.scale))
+        # x0 and eps are both linear in the network's output, so guiding the output is guiding each.
+        return lambda z, t, away, to: away.lerp(to, self.scale)
 
 
 class Wrapping(Guidance):
@@ -100,6 +102,9 @@ class Wrapping(Guidance):
 
     def __init__(self, guidance: Guidance) -> None:
         self.guidance = guidance
+
+    def check(self, denoiser: Denoiser, first_stage: nn.Module) -> None:
+        self.guidance.check(denoiser, first_stage)
 
     def applies(self, schedule: Schedule, t: Tensor) -> Tensor:
         return self.guidance.applies(schedule, t)

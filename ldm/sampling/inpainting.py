@@ -20,7 +20,7 @@ def keeping(denoise: Denoise, known: Tensor, mask: Tensor, schedule: Schedule) -
 
     def blended(z: Tensor, t: Tensor) -> Denoised:
         found, given = denoise(z, t), of_x0(known, z, t, schedule)
-        return Denoised(*(own.lerp(new, mask) for own, new in zip(given, found, strict=True)))
+        return Denoised(given.x0.lerp(found.x0, mask), given.eps.lerp(found.eps, mask))
 
     return blended
 

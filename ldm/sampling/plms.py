@@ -1,5 +1,8 @@
 """PLMS, Stable Diffusion's default (Liu et al. 2022, "Pseudo Numerical Methods for Diffusion Models on Manifolds")."""
 
+from collections import deque
+from collections.abc import Iterable
+
 from torch import Tensor
 
 from ldm.diffusion.denoiser import Denoise
@@ -12,14 +15,14 @@ ADAMS_BASHFORTH = (
     (23 / 12, -16 / 12, 5 / 12),
     (55 / 24, -59 / 24, 37 / 24, -9 / 24),
 )
-"""The weights of the last slopes, the newest first, for equal steps (eq. 12 has the fourth order)."""
+"""The weights of the last slopes, the newest first, for equal steps."""
 
 
 class PLMS(Sampler):
     """The pseudo linear multistep method, PNDM without its Runge-Kutta steps (as CompVis' `plms.py`).
 
-    eps of the last four steps is extrapolated as on equal steps, and DDIM's step is taken with it (eq. 11). The
-    first step is the improved Euler's and makes one more network call.
+    eps of the last four steps is extrapolated as on equal steps, and DDIM's step, the paper's transfer part, is
+    taken with it. The first step is the improved Euler's and makes one more network call.
     """
 
     def __call__(
@@ -31,13 +34,13 @@ class PLMS(Sampler):
         noise: Noise,
         on_step: OnStep = lambda done: None,
     ) -> Tensor:
-        history: list[Tensor] = []  # eps of the last steps, the newest first
+        history: deque[Tensor] = deque(maxlen=4)  # eps of the last steps, the newest first
         for done, (now, then) in enumerate(steps_of(times, schedule, z), start=1):
             estimate = denoise(z, now.t)
             if now.alpha == 0:  # z says nothing of x0, so eps is no slope for the next steps
                 z = estimate.mix(then.alpha, then.sigma)
             else:
-                history = [estimate.eps, *history][:4]
+                history.appendleft(estimate.eps)
                 if len(history) == 1 and then.sigma > 0:
                     ahead = denoise(estimate.mix(then.alpha, then.sigma), then.t).eps
                     z = transferred(z, now, then, [ahead, *history], (0.5, 0.5))
@@ -47,10 +50,11 @@ class PLMS(Sampler):
         return z
 
 
-def transferred(z: Tensor, now: Point, then: Point, slopes: list[Tensor], weights: tuple[float, ...]) -> Tensor:
-    """DDIM's step from `now` to `then` with eps the weighted sum of `slopes` (eq. 11)."""
+def transferred(z: Tensor, now: Point, then: Point, slopes: Iterable[Tensor], weights: Iterable[float]) -> Tensor:
+    """DDIM's step from `now` to `then` with eps the weighted sum of `slopes`."""
     scale = then.alpha / now.alpha
+    gain = then.sigma - now.sigma * scale
     z = z * scale
     for slope, weight in zip(slopes, weights, strict=True):
-        z.add_(slope, alpha=(then.sigma - now.sigma * scale) * weight)
+        z.add_(slope, alpha=gain * weight)
     return z

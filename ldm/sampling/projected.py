@@ -16,9 +16,14 @@ class Projected(ClassifierFree):
 
     Sadat et al. 2024, "Eliminating Oversaturation and Artifacts of High Guidance Scales in Diffusion Models" (APG).
     The direction, conditional minus negative x0, gathers `momentum` times the one before, is cut to a norm of
-    `norm_threshold`, and of its part along the conditional x0 the share `eta` is kept:
-    x0 = conditional + (scale - 1) (orthogonal + eta parallel). With eta 1, momentum 0 and no threshold it is
-    classifier-free guidance.
+    `norm_threshold`, and of its part along the conditional x0 the share `eta` is kept, in this order, as in the
+    paper's algorithm: x0 = conditional + (scale - 1) (orthogonal + eta parallel). With eta 1, momentum 0 and no
+    threshold it is classifier-free guidance.
+
+    The paper has eta 0, a negative momentum (-0.5 for SDXL, -0.75 for others) and a threshold (15 for SDXL's
+    128x128 latents). A norm grows with the root of a latent's size, so a threshold is of one model; and a momentum
+    supposes steps so short that directions hardly change, or it adds the last step's error to this one's. So here
+    neither is on unless it is asked for.
     """
 
     def __init__(

@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from itertools import pairwise
-from math import inf, log, sqrt
+from math import sqrt
 from typing import NamedTuple
 
 import torch
@@ -51,26 +51,19 @@ class Point(NamedTuple):
     """[B], float64, on the CPU: the time for every row of z."""
     alpha: float
     sigma: float
-
-    @property
-    def ratio(self) -> float:
-        """sigma / alpha, the deviation of the noise in z / alpha (k-diffusion's sigma); inf without signal."""
-        return self.sigma / self.alpha if self.alpha > 0 else inf
-
-    @property
-    def half_log_snr(self) -> float:
-        """lambda = log(alpha / sigma): inf at the data, -inf without signal."""
-        if self.sigma == 0:
-            return inf
-        return log(self.alpha / self.sigma) if self.alpha > 0 else -inf
+    ratio: float
+    """sigma / alpha, the deviation of the noise in z / alpha (k-diffusion's sigma); inf without signal."""
+    half_log_snr: float
+    """lambda = log(alpha / sigma): inf at the data, -inf without signal."""
 
 
 def steps_of(times: Tensor, schedule: Schedule, z: Tensor) -> list[tuple[Point, Point]]:
-    """The steps (from, to) of a grid, for z [B, ...]; all levels are computed here, at once."""
+    """The steps (from, to) of a grid, for z [B, ...]; all levels are computed at once, before the first step."""
     times = times.to(device="cpu", dtype=torch.float64)
-    level = schedule(times)
+    alpha, sigma, _, _ = schedule(times)
     rows = times[:, None].expand(-1, len(z)).unbind()
-    return list(pairwise(map(Point, rows, level.alpha.tolist(), level.sigma.tolist())))
+    numbers = (alpha, sigma, sigma / alpha, torch.log(alpha / sigma))
+    return list(pairwise(map(Point, rows, *(number.tolist() for number in numbers))))
 
 
 def posterior_deviation(now: Point, then: Point) -> float:
@@ -81,11 +74,11 @@ def posterior_deviation(now: Point, then: Point) -> float:
     return then.sigma * sqrt(max(1.0 - kept**2, 0.0))
 
 
-def add_noise(z: Tensor, deviation: float, noise: Noise) -> Tensor:
-    """z [B, ...] with fresh noise of this deviation; nothing is drawn where that is 0."""
+def add_noise_(z: Tensor, deviation: float, noise: Noise) -> Tensor:
+    """z [B, ...], to which fresh noise of this deviation is added in place; nothing is drawn where that is 0."""
     if deviation == 0:
         return z
-    return z.add(noise(tuple(z.shape[1:])).to(z), alpha=deviation)
+    return z.add_(noise(z.shape[1:]).to(z), alpha=deviation)
 
 
 def start(z: Tensor, times: Tensor, schedule: Schedule) -> Tensor:

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from math import expm1
 from typing import NamedTuple
 
-import numpy as np
 from torch import Tensor
 
 from ldm.diffusion.denoiser import Denoise
@@ -21,7 +20,7 @@ class Estimate(NamedTuple):
 
 
 class UniPC(Sampler):
-    """UniPC-p in half log-SNR, predicting data, B(h) = e^h - 1 (algorithms 5 and 6, "B2"); one network call a step.
+    """UniPC-p in half log-SNR, predicting data, B(h) = e^h - 1 ("B2"); one network call a step.
 
     The estimate at a predicted point corrects that point (UniC), which raises the order to p + 1, and predicts
     the next one (UniP). The first steps are of lower order, and the last ones too where the grid ends at the
@@ -66,7 +65,7 @@ class UniPC(Sampler):
 def advanced(z: Tensor, then: Point, history: Sequence[Estimate], x0: Tensor | None = None) -> Tensor:
     """z, which lies at history[0], taken to `then`: predicted, or corrected by `x0`, the estimate there.
 
-    z' = sigma'/sigma z + gain (x0_0 + sum_k rho_k (x0_k - x0_0) / r_k), eqs. 3 and 9 for predicted data.
+    z' = sigma'/sigma z + gain (x0_0 + sum_k rho_k (x0_k - x0_0) / r_k), for predicted data.
     """
     now = history[0].at
     h = then.half_log_snr - now.half_log_snr
@@ -84,9 +83,9 @@ def advanced(z: Tensor, then: Point, history: Sequence[Estimate], x0: Tensor | N
 
 
 def rhos(ratios: Sequence[float], h: float) -> list[float]:
-    """The weights of the differences at steps r_k h (section 3.2: R rho = b / B(h)), B(h) = e^-h - 1.
+    """The weights of the differences at steps r_k h, of R rho = b / B(h) with B(h) = e^-h - 1.
 
-    One difference has the weight 1/2, which is its limit and keeps the order (appendix B).
+    One difference has the weight 1/2, which is its limit and keeps the order.
     """
     if len(ratios) < 2:
         return [0.5] * len(ratios)
@@ -95,5 +94,18 @@ def rhos(ratios: Sequence[float], h: float) -> list[float]:
         b.append(phi * factorial / expm1(-h))
         factorial *= i + 2
         phi = phi / -h - 1.0 / factorial
-    solved: list[float] = np.linalg.solve(np.vander(ratios, increasing=True).T, np.array(b)).tolist()
-    return solved
+    return solved(ratios, b)
+
+
+def solved(r: Sequence[float], b: Sequence[float]) -> list[float]:
+    """rho with sum_k rho_k r_k^i = b_i for i = 0, 1, ... (Bjorck and Pereyra 1970, for the primal system)."""
+    rho, n = list(b), len(b)
+    for k in range(n - 1):
+        for i in range(n - 1, k, -1):
+            rho[i] -= r[k] * rho[i - 1]
+    for k in range(n - 2, -1, -1):
+        for i in range(k + 1, n):
+            rho[i] /= r[i] - r[i - k - 1]
+        for i in range(k, n - 1):
+            rho[i] -= rho[i + 1]
+    return rho

@@ -18,7 +18,9 @@ from torch import Tensor, nn
 pytest.importorskip("diffusers")
 
 from benchmarks.peers import MORE_PEERS, PEERS, STEPS, Peer, scheduler_run
-from ldm.config.compose import CONFIGS
+from ldm.config.build import build
+from ldm.config.compose import CONFIGS, compose
+from ldm.config.plan import plan, settings_of
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.prediction import Epsilon, V
 from ldm.diffusion.schedule import ScaledLinear
@@ -64,8 +66,22 @@ def theirs(entry: Peer, z: Tensor) -> tuple[Network, Tensor]:
 
 @pytest.mark.parametrize("name", ALL)
 def test_the_trajectory_is_that_of_diffusers(name: str) -> None:
+    agree(ALL[name])
+
+
+def test_stable_diffusions_default_is_pndm_at_50_steps() -> None:
+    """The command that docs/sample.md names for it, and the sheets of pictures of experiment=sd1."""
+    overrides = ["checkpoint=x", "out=x", "prompt=x", "sampler=plms", "grid=leading", "steps=50"]
+    settings = settings_of(plan(compose("sample", overrides), overrides)[0][0].knobs)
+    agree(PEERS["plms"]._replace(sampler=settings.sampler, times=settings.times(SCHEDULE)))
+    sheets = compose("train", ["experiment=sd1"]).samples
+    agree(PEERS["plms"]._replace(sampler=build(sheets.sampler), times=build(sheets.grid)(SCHEDULE, sheets.steps)))
+
+
+def agree(entry: Peer) -> None:
+    """Both ask the network the same, and end with the same sample."""
     z = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    (one, end), (other, expected) = ours(ALL[name], z), theirs(ALL[name], z)
+    (one, end), (other, expected) = ours(entry, z), theirs(entry, z)
     # Between the integers diffusers finds times from sigmas in float32.
     assert one.times == pytest.approx(other.times, abs=5e-3)
     errors = [relative(a, b) for a, b in zip([*one.inputs, end], [*other.inputs, expected], strict=True)]

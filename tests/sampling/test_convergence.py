@@ -70,7 +70,7 @@ ORDERS = {
     "dpmpp_2m": Order(without_the_data(UniformLogSNR()), 1.9, 2.1, 6e-6),
     "plms": Order(uniform, 1.7, 2.4, 5e-6),
     "lms": Order(without_the_data(Karras()), 3.6, 4.2, 1e-8),
-    # The corrector raises the order p of the predictor by one (Zhao et al. 2023, theorem 3.1).
+    # The corrector raises the order p of the predictor by one (Zhao et al. 2023).
     "unipc": Order(without_the_data(UniformLogSNR()), 2.85, 3.1, 4e-8),
     "unipc-1": Order(without_the_data(UniformLogSNR()), 1.9, 2.1, 1.5e-5, {"order": 1}),
     "unipc-3": Order(without_the_data(UniformLogSNR()), 3.85, 4.1, 6e-10, {"order": 3}),
@@ -235,6 +235,22 @@ def test_a_point_of_data_leaves_the_noise_of_the_last_level(name: str, steps: in
         sampler = sampler_of(name) if eta is None else sampler_of(name, eta=eta)
         found = end_variance(sampler, schedule, times, std=0.0)
         assert found == pytest.approx(1.0 - schedule.alphas_cumprod[0], rel=1e-11), eta
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("steps", [1, 2, 3, 10, 50])
+def test_without_noise_samples_end_at_the_point_of_data(name: str, steps: int) -> None:
+    """Where x0 is known and z is alpha x0, all that a sampler may do is to follow alpha."""
+    schedule, x0 = ScaledLinear(), torch.tensor([[1.5, -0.7]], dtype=torch.float64)
+    times = Leading()(schedule, steps)
+
+    def denoise(z: Tensor, t: Tensor) -> Denoised:
+        alpha, sigma = level_at(schedule, float(t[0]))
+        return Denoised(x0, (z - alpha * x0) / sigma)
+
+    start = level_at(schedule, float(times[0]))[0] * x0
+    end = sampler_of(name)(denoise, start, times, schedule, lambda shape: torch.zeros(1, *shape, dtype=torch.float64))
+    torch.testing.assert_close(end, schedule.alphas_cumprod[0] ** 0.5 * x0, rtol=1e-11, atol=0)
 
 
 def fixed_noise(rows: int) -> Noise:

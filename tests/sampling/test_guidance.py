@@ -1,5 +1,6 @@
 """Guidance on exact scores: a mixture of two Gaussian classes, where every guided estimate has a closed form."""
 
+from copy import deepcopy
 from math import log
 
 import pytest
@@ -10,7 +11,7 @@ from ldm.config.build import build
 from ldm.config.compose import CONFIGS, compose
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.prediction import Denoised, Epsilon
-from ldm.diffusion.schedule import Level, ScaledLinear
+from ldm.diffusion.schedule import Cosine, Level, ScaledLinear, VariancePreserving
 from ldm.errors import UserError
 from ldm.sampling.autoguidance import Autoguidance
 from ldm.sampling.guidance import ClassifierFree, Guidance, of_x0
@@ -224,6 +225,18 @@ def test_a_weaker_model_reads_the_texts_itself() -> None:
     found = guidance(denoiser(), CONDITION, NOTHING, texts)(points(), times(400.0))
     away = plain(1 - CLASSES, spread=1.6)
     torch.testing.assert_close(found.x0, 2.0 * plain(CLASSES).x0 - away.x0, rtol=0, atol=1e-12)
+
+
+def test_a_weaker_model_of_other_levels_or_latents_is_refused() -> None:
+    stage, other = nn.Linear(2, 2), nn.Linear(2, 2)
+    weak = Autoguidance(ClassifierFree(2.0), denoiser(spread=1.6), first_stage=deepcopy(stage))
+    weak.check(denoiser(), stage)
+    for guidance in (weak, Rescaled(weak)):
+        with pytest.raises(UserError, match="latents of another first stage"):
+            guidance.check(denoiser(), other)
+    for schedule in (Cosine(), ScaledLinear(0.0015, 0.0195), VariancePreserving()):
+        with pytest.raises(UserError, match=f"another noise schedule .{type(schedule).__name__}"):
+            Autoguidance(ClassifierFree(2.0), Denoiser(Exact(), schedule, Epsilon())).check(denoiser(), stage)
 
 
 def test_wrappers_compose_in_any_order() -> None:
