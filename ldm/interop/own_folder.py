@@ -72,7 +72,8 @@ def package_of(folder: ModelFolder, weights: str = "ema") -> Package:
 def _schedule(node: Node) -> Node:
     """`Architecture.schedule` of a schedule's node, and of the one that it is made of."""
     arguments = {name: _schedule(value) if isinstance(value, dict) else value for name, value in node.items()}
-    return arguments | {"kind": arguments.pop("_target_").rsplit(".", 1)[-1]}
+    kind = str(arguments.pop("_target_")).rsplit(".", 1)[-1]
+    return {**arguments, "kind": kind}
 
 
 def _expect(node: Mapping[str, Any], target: str) -> None:
