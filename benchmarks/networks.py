@@ -86,13 +86,15 @@ def contenders(s: Settings, make: Callable[[Side, str], tuple[list[nn.Module], R
                 elif side.ours:
                     for network in networks:
                         keep_weights(network)
-                found.append(Contender(side.who, precision, compiled, autocast(run, s.device, precision)))
+                found.append(Contender(side.who, precision, compiled, autocast(run, side, s.device, precision)))
     return found
 
 
-def autocast(run: Run, device: torch.device, precision: str) -> Run:
+def autocast(run: Run, side: Side, device: torch.device, precision: str) -> Run:
+    """The run, under autocast where the precision is bf16: ours as Lightning enters it, diffusers' as torch does."""
+
     def under() -> object:
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16", cache_enabled=False):
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16", cache_enabled=not side.ours):
             return run()
 
     return under
