@@ -89,11 +89,11 @@ def _of(hidden: Tensor | None, part: slice) -> Tensor | None:
 
 
 def _weights(queries: Tensor, keys: Tensor, hidden: Tensor | None) -> Tensor:
-    """The attention weights [heads, N, L]."""
+    """The attention weights [heads, N, L]; zero, as torch's attention has it, where nothing may be attended to."""
     scores = torch.bmm(queries, keys.transpose(1, 2))
-    if hidden is not None:
-        scores.masked_fill_(hidden, -torch.inf)
-    return torch.softmax(scores, dim=-1)
+    if hidden is None:
+        return torch.softmax(scores, dim=-1)
+    return torch.softmax(scores.masked_fill_(hidden, -torch.inf), dim=-1).masked_fill_(hidden, 0.0)
 
 
 @_forward.register_fake

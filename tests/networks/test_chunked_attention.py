@@ -8,6 +8,8 @@ from torch import Tensor
 
 from ldm.networks import chunked_attention as module
 from ldm.networks.chunked_attention import attend, chunked_attention
+from ldm.networks.unet import UNet
+from tests.parity.names import spread
 
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 MASK = torch.tensor([[True, True, False, True, False, True, True], [True] * 7])[:, None, None, :]
@@ -54,6 +56,17 @@ def test_outputs_and_gradients_are_the_formulas(dtype: torch.dtype, tolerance: f
         assert (found.double() - value).norm() / value.norm() < tolerance
 
 
+def test_where_nothing_may_be_attended_to_it_is_torchs() -> None:
+    """Zero, and no NaN in the gradients."""
+    mask = MASK.clone()
+    mask[0] = False
+    given = inputs(torch.float64)
+    wanted = results(torch.nn.functional.scaled_dot_product_attention, given, mask)
+    for found, value in zip(results(chunked_attention, given, mask), wanted, strict=True):
+        assert torch.allclose(found, value, rtol=1e-9, atol=1e-12) and value.any()
+        assert not found[0].any()
+
+
 def test_it_is_a_sound_operator() -> None:
     """Schema, fake tensors and autograd, as torch.compile needs them."""
     q, k, v = (x.transpose(1, 2) for x in inputs(torch.float64))
@@ -72,6 +85,42 @@ def test_no_more_weights_exist_than_a_chunk_has_room_for(monkeypatch: pytest.Mon
     monkeypatch.setattr(module, "_weights", counted)
     results(chunked_attention, inputs(torch.float64), None)
     assert sizes == [2 * 5 * 7] * 6  # three chunks forward, the same three again backward
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_gradients_of_a_unet_in_bfloat16_are_as_good_as_with_torchs(
+    checkpointing: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under autocast, with chunks and without, against float32: the errors are those of the precision."""
+    x, t, tokens = torch.randn(2, 4, 16, 16), torch.tensor([7.0, 800.0]), torch.randn(2, 5, 12)
+    mask = torch.tensor([[True] * 3 + [False] * 2, [True] * 5])
+    unet = UNet(4, 4, 32, (1, 2), 1, (True, True), num_heads=2, context_dim=12, gradient_checkpointing=checkpointing)
+    spread(unet)
+    found = []
+    for precision, units in (("float32", False), ("bf16", False), ("bf16", True)):
+        monkeypatch.setattr(module, "MATRIX_UNITS", units)
+        monkeypatch.setattr(module, "LARGE_entries", 64)
+        calls = count_calls(monkeypatch)
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            out = unet(x, t, tokens, mask)
+        found.append(
+            torch.cat([g.flatten() for g in torch.autograd.grad(out.float().square().mean(), [*unet.parameters()])])
+        )
+        assert bool(calls) == units
+    exact, torchs, ours = found
+    error, own = ((g - exact).norm() / exact.norm() for g in (torchs, ours))
+    assert 1e-4 < own < 1.1 * error < 0.1
+
+
+def count_calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    calls: list[int] = []
+
+    def counted(*given: Tensor) -> Tensor:
+        calls.append(1)
+        return chunked_attention(*given)
+
+    monkeypatch.setattr(module, "chunked_attention", counted)
+    return calls
 
 
 @pytest.mark.parametrize(

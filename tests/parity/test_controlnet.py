@@ -8,8 +8,8 @@ from ldm.interop.names import unet_to_diffusers
 from ldm.networks.controlnet import ControlNet
 from ldm.networks.unet import UNet
 
-from .names import copy_weights, relative, spread
-from .test_unet import SD1
+from .names import copy_weights, gradients_of, relative, spread, worst_gradient
+from .test_unet import CONDITIONAL
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -28,9 +28,10 @@ def hint_names(net: ControlNet) -> dict[str, str]:
     return {f"{ours}.{p}": f"{theirs}.{p}" for ours, theirs in found.items() for p in ("weight", "bias")}
 
 
-def test_what_it_adds_and_the_controlled_prediction_are_those_of_diffusers() -> None:
+@pytest.mark.parametrize("name", ["sd1", "sdxl"])
+def test_what_it_adds_the_controlled_prediction_and_gradients_are_those_of_diffusers(name: str) -> None:
     torch.manual_seed(0)
-    ours, theirs = SD1
+    ours, theirs = CONDITIONAL[name]
     unet = UNet(4, 4, 32, num_res_blocks=2, **ours)
     spread(unet)
     net = ControlNet(unet)
@@ -50,17 +51,34 @@ def test_what_it_adds_and_the_controlled_prediction_are_those_of_diffusers() -> 
 
     x, t = torch.randn(2, 4, 16, 24), torch.tensor([7.0, 800.0])
     tokens, hint = torch.randn(2, 5, 24), torch.rand(2, 3, 128, 192)
-    found = net(x, t, hint, tokens)
-    blocks, middle = peer(x, t, tokens, hint, return_dict=False)
+    vector, added = None, None
+    if unet.vector_dim is not None:
+        text, numbers = torch.randn(2, 20), torch.tensor([[64.0, 48, 0, 3, 64, 64], [32.0, 32, 5, 0, 96, 64]])
+        added = {"text_embeds": text, "time_ids": numbers}
+        vector = torch.cat([text, peer.add_time_proj(numbers.flatten()).reshape(2, -1)], dim=1)
+    found = net(x, t, hint, tokens, vector=vector)
+    blocks, middle = peer(x, t, tokens, hint, added_cond_kwargs=added, return_dict=False)
     assert len(found) == len(blocks) + 1
     for mine, wanted in zip(found, [*blocks, middle], strict=True):
         assert relative(mine, wanted) < TOLERANCE
-    out = unet(x, t, tokens, control=found)
+    out = unet(x, t, tokens, vector=vector, control=found)
     wanted = peer_unet(
-        x, t, tokens, down_block_additional_residuals=blocks, mid_block_additional_residual=middle
-    ).sample
+        x, t, tokens, added_cond_kwargs=added,
+        down_block_additional_residuals=blocks, mid_block_additional_residual=middle,
+    ).sample  # fmt: skip
     assert relative(out, wanted) < TOLERANCE
-    assert relative(unet(x, t, tokens), wanted) > 0.1
+    assert relative(unet(x, t, tokens, vector=vector), wanted) > 0.1
+
+    target = torch.randn_like(out)
+    (out - target).square().mean().backward()
+    (wanted - target).square().mean().backward()
+    there = dict(peer.named_parameters())
+    gradients = gradients_of(peer, net.trunk, [piece for piece in pieces if piece.theirs in there])
+    gradients = {f"trunk.{name}": g for name, g in gradients.items()}
+    for mine, name in hint_names(net).items():
+        gradients[mine] = peer.get_parameter(name).grad
+    worst, name = worst_gradient(net, gradients)
+    assert worst < TOLERANCE, (name, worst)
 
 
 def test_it_begins_without_a_say() -> None:

@@ -41,6 +41,11 @@ def steps(network: UNet, n: int = 3) -> Iterator[tuple[Tensor, list[Tensor], lis
         yield out.detach(), gradients, [p.detach().clone() for p in network.parameters()]
 
 
+def as_lightning() -> torch.autocast:
+    """Autocast without torch's own cache, which holds within one such block and does not see a step."""
+    return torch.autocast("cpu", torch.bfloat16, cache_enabled=False)
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_training_is_autocasts_bit_for_bit(checkpointing: bool) -> None:
     plain, kept = unet(gradient_checkpointing=checkpointing), unet(gradient_checkpointing=checkpointing)
@@ -65,6 +70,38 @@ def test_a_copy_is_made_only_where_a_master_has_changed() -> None:
         network(X, T, TOKENS)
     changed = [i for i, copy in enumerate(kept._copies) if copy._version != versions[i]]
     assert [kept._slots[i] for i in changed] == [(network.conv_in, "weight")]
+
+
+def test_a_step_is_seen_whatever_came_before_it() -> None:
+    """Also after a forward pass between the gradients and the fused step, which made copies of the old weights."""
+    outs = []
+    for network in (unet(), unet()):
+        if outs:
+            keep_weights(network)
+        optimizer = torch.optim.AdamW(network.parameters(), lr=1e-2, fused=True)
+        with as_lightning():
+            network(X, T, TOKENS).float().square().mean().backward()
+            before = network(X, T, TOKENS)
+            optimizer.step()
+            outs.append(network(X, T, TOKENS))
+        assert not torch.equal(outs[-1], before)
+    assert torch.equal(*outs)
+
+
+def test_two_passes_may_wait_for_their_gradients() -> None:
+    """Nothing is cast between the micro-steps of an accumulation, so what the passes keep stays valid."""
+    gradients = []
+    for network in (unet(), unet()):
+        made = keep_weights(network) if gradients else []
+        with as_lightning():
+            first, second = (network(sign * X, T, TOKENS).float().square().mean() for sign in (1.0, -1.0))
+            versions = [copy._version for kept in made for copy in kept._copies]
+            first.backward()
+            third = network(0.5 * X, T, TOKENS).float().square().mean()
+            (second + third).backward()
+            assert [copy._version for kept in made for copy in kept._copies] == versions
+        gradients.append([p.grad for p in network.parameters()])
+    assert all(g is not None and h is not None and torch.equal(g, h) for g, h in zip(*gradients, strict=True))
 
 
 def test_the_average_is_seen_that_validation_puts_in() -> None:
