@@ -11,8 +11,9 @@ from tqdm import tqdm
 from ldm.config.axes import Axes
 from ldm.config.build import open_trained, warn_without_dropout
 from ldm.config.command import command
+from ldm.config.devices import devices_of
 from ldm.config.plan import Planned, fitted, plan
-from ldm.config.produce import Production, devices_of, produce
+from ldm.config.produce import Production, produce
 from ldm.config.remake import again, compare, origin_of, read_facts, require_same_model
 from ldm.config.versions import versions
 from ldm.errors import UserError

@@ -41,6 +41,11 @@ class LatentDiffusion(nn.Module):
         shape = (self.first_stage.latent_channels, images.shape[2] // factor, images.shape[3] // factor)
         return self.first_stage.encode(images, normal(fold(keys, "posterior"), shape))
 
+    def drawn_latents(self, moments: Tensor, keys: Tensor) -> Tensor:
+        """The same of moments [B, 2, C, h, w] that the first stage made beforehand; the sample is a fresh one too."""
+        mean, std = moments.to(torch.float32).unbind(1)
+        return mean + std * normal(fold(keys, "posterior"), tuple(mean.shape[1:]))
+
 
 def _check_channels(network: nn.Module, conditioner: Conditioner, latent_channels: int) -> None:
     if not isinstance(network, UNet):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.conditioning.condition import Condition
-from ldm.conditioning.text import Conditioner, Encode, Fields
+from ldm.conditioning.text import Conditioner, Encode, Fields, TextConditioner
 from ldm.errors import UserError
 
 
@@ -35,6 +35,11 @@ class Compose(Conditioner):
         """Hands the first stage's `encode` to the parts."""
         for conditioner in self.conditioners:
             conditioner.bind(encode)  # type: ignore[operator]
+
+    def encoders(self) -> dict[str, TextConditioner]:
+        """Those of the parts."""
+        parts = cast(Iterable[Conditioner], self.conditioners)
+        return {name: encoder for part in parts for name, encoder in part.encoders().items()}
 
     def concat_channels(self, latent_channels: int) -> int:
         """The parts' channels together."""

@@ -1,5 +1,6 @@
 """Captions as a Condition: the states of a CLIP text encoder, with captions dropped for guidance."""
 
+import hashlib
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+from ldm.checkpoint import fingerprint
 from ldm.conditioning.condition import Condition
 from ldm.errors import UserError, nearest
 from ldm.randomness import fold, uniform
@@ -29,6 +31,10 @@ class Conditioner(nn.Module, ABC):
 
     def bind(self, encode: Encode) -> None:
         """Is given the first stage's `encode`; one that shows pictures as latents keeps it."""
+
+    def encoders(self) -> dict[str, "TextConditioner"]:
+        """The frozen text encoders in it, by the name under which their states may be kept; none by default."""
+        return {}
 
     def concat_channels(self, latent_channels: int) -> int:
         """How many channels its `concat` has beside latents of so many channels; 0 where it makes none."""
@@ -72,6 +78,9 @@ class TextConditioner(Conditioner):
     frozen       the encoder stays in eval mode, without gradients
     max_length   tokens per caption with start and end; longer ones are cut, the end token kept
 
+    A frozen one takes states that were made beforehand from the fields `NAME.tokens` (and `.vector`, `.mask`) instead
+    of encoding, where they are there; NAME is `name`, which holds the fingerprint of the encoder and its options.
+
     `truncated` counts the captions that were cut since the start.
     Raises UserError for options that do not fit the encoder or the tokenizer.
     """
@@ -108,6 +117,8 @@ class TextConditioner(Conditioner):
         self.projection = projection
         self.empty_as_zero = empty_as_zero
         self.truncated = 0
+        self._name: str | None = None
+        self._empty: Condition | None = None
         if frozen:
             self.requires_grad_(False)
         self.train(self.training)
@@ -116,16 +127,57 @@ class TextConditioner(Conditioner):
         """The captions' condition, see Conditioner.forward; UserError where the field is missing."""
         if self.field not in fields:
             raise UserError(f"the batch has no field {self.field!r} to condition on ({nearest(self.field, fields)})")
+        drop = dropped(keys, self.field, self.dropout) if keys is not None and self.dropout > 0 else None
+        if self.frozen and (made := self._made_beforehand(fields)) is not None:
+            return made if drop is None else made.where(drop, self._empty_one())
         captions = [str(caption) for caption in fields[self.field]]
-        if keys is not None and self.dropout > 0:
-            drop = dropped(keys, self.field, self.dropout).tolist()
-            captions = ["" if d else caption for d, caption in zip(drop, captions, strict=True)]
+        if drop is not None:
+            captions = ["" if d else caption for d, caption in zip(drop.tolist(), captions, strict=True)]
         return self._encode(captions)
 
     def empty(self, n: int) -> Condition:
         """The condition of "" for n samples."""
         one = self._encode([""])
         return one.select(torch.zeros(n, dtype=torch.int64))
+
+    @property
+    def name(self) -> str:
+        """The name of states made beforehand: another encoder, tokenizer or option has another."""
+        if self._name is None:
+            options = (self.field, self.layer, self.final_norm, self.pooled, self.mask, self.max_length)
+            vocabulary = sorted(self.tokenizer.get_vocab().items())
+            told = repr((options, self.empty_as_zero, vocabulary)).encode()
+            weights = fingerprint(self.state_dict())
+            self._name = f"text-{hashlib.sha256(told + weights.encode()).hexdigest()[:16]}"
+        return self._name
+
+    def encoders(self) -> dict[str, "TextConditioner"]:
+        """Itself, where it is frozen."""
+        return {self.name: self} if self.frozen else {}
+
+    def states(self, captions: Sequence[str]) -> dict[str, Tensor]:
+        """What to keep of captions: the fields that `forward` takes instead of encoding them."""
+        return {f"{self.name}.{part}": value for part, value in self._encode(captions).inputs().items()}
+
+    def _made_beforehand(self, fields: Fields) -> Condition | None:
+        """The condition from states in the fields; None without any, UserError where they are another encoder's."""
+        kept = [name for name in fields if name.startswith("text-")]
+        if not kept:
+            return None
+        own = {name.removeprefix(f"{self.name}."): fields[name] for name in kept if name.startswith(f"{self.name}.")}
+        if not own:
+            others = ", ".join(sorted({name.split(".")[0] for name in kept}))
+            raise UserError(
+                f"the captions were encoded beforehand by {others}, this text encoder is {self.name}: make them anew, "
+                "or encode in training (latent_text=false)"
+            )
+        device, dtype = self.encoder.device, self.encoder.dtype
+        return Condition(**cast(dict[str, Tensor], own)).to(device, dtype)
+
+    def _empty_one(self) -> Condition:
+        if self._empty is None or self._empty.inputs()["tokens"].device != self.encoder.device:
+            self._empty = self.empty(1)
+        return self._empty
 
     def tokens(self, captions: Sequence[str]) -> Tensor:
         """Token ids [B, max_length] int64 on the CPU: start, words, end, padding."""

@@ -1,7 +1,6 @@
 """From a composed configuration to built objects: the stages of a launch, and a trained model read back."""
 
 import logging
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -17,8 +16,11 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ldm.checkpoint import RECORD as CHECKPOINT
 from ldm.config.check import build, check
-from ldm.config.compose import CONFIGS, names, parse
+from ldm.config.compose import CONFIGS, names
+from ldm.config.devices import check_devices, pick_device
+from ldm.config.latents import use_latents
 from ldm.config.sources import inherit_first_stage, load_strictly, load_weights
+from ldm.config.stages import stage_config
 from ldm.config.versions import versions, write_versions
 from ldm.config.watch import strategy, watch
 from ldm.data.fetch import View
@@ -31,6 +33,7 @@ from ldm.latent_diffusion import LatentDiffusion
 from ldm.training.checkpoint_io import FolderCheckpointIO
 from ldm.training.checkpointing import Checkpoints
 from ldm.training.curriculum import Job, Stage
+from ldm.training.diffusion import DiffusionModule
 from ldm.training.ema import EMA
 from ldm.training.kept_weights import keep_weights
 from ldm.training.module import TrainingModule
@@ -39,34 +42,6 @@ from ldm.training.precision import let_clip
 log = logging.getLogger(__name__)
 
 # ------------------------------------------------------------------------------------------------ training
-
-
-def stage_config(cfg: DictConfig, stage: str, overrides: list[str]) -> DictConfig:
-    """The configuration of one stage: the root, then `curriculum.<stage>`, then the command line's own values.
-
-    Raises UserError for a stage, or a knob of it, that does not exist.
-    """
-    if stage not in cfg.curriculum:
-        raise UserError(f"stages: there is no stage {stage!r}; {nearest(stage, [str(s) for s in cfg.curriculum])}")
-    root = cast(DictConfig, OmegaConf.create(OmegaConf.to_container(cfg, resolve=False)))
-    difference = root.pop("curriculum")[stage]
-    known = set(names(root))
-    for name in names(difference):
-        parents = [name.rsplit(".", n)[0] for n in range(1, name.count(".") + 1)]
-        inside_target = any(OmegaConf.select(root, f"{p}._target_") for p in parents)  # `check` knows better there
-        if name not in known and not inside_target:
-            raise UserError(f"curriculum.{stage}.{name}: there is no such knob; {nearest(name, known)}")
-    merged = cast(DictConfig, OmegaConf.merge(root, difference))
-    for override in parse(overrides):
-        name = str(override.key_or_group)
-        if (
-            name in known
-            and not name.startswith(("curriculum", "hydra"))
-            and not isinstance(root.get(name), DictConfig)
-        ):
-            OmegaConf.update(merged, name, OmegaConf.select(cfg, name))
-    merged.stage = stage
-    return merged
 
 
 def stages(cfg: DictConfig, overrides: list[str], run_folder: Path) -> tuple[list[Stage], dict[str, Path]]:
@@ -112,19 +87,6 @@ def _resume_path(cfg: DictConfig, run_folder: Path) -> Path | None:
     return path
 
 
-def check_devices(trainer: DictConfig) -> None:
-    """Raises UserError where more devices are asked for than this machine has."""
-    devices, accelerator = trainer.devices, str(trainer.accelerator)
-    if not isinstance(devices, int) or devices < 1:
-        return  # "auto", -1, or a list: Lightning's to judge
-    gpus = torch.cuda.device_count()
-    on_gpu = accelerator in ("gpu", "cuda") or (accelerator == "auto" and gpus > 0)
-    there = gpus if on_gpu else os.cpu_count() or 1
-    if devices > there:
-        kind = "GPUs" if on_gpu else "CPU cores (no GPU is in use)"
-        raise UserError(f"trainer.devices={devices}: this machine has {there} {kind}; give at most {there}")
-
-
 def _builder(config: DictConfig, folder: Path, order: int) -> Callable[[dict[str, Path]], Job]:
     def make(models: dict[str, Path]) -> Job:
         return build_job(config, folder, order, models)
@@ -140,6 +102,8 @@ def build_job(config: DictConfig, folder: Path, order: int, models: dict[str, Pa
     datamodule.prepare_data()
     module = cast(TrainingModule, build(config.tasks[config.task]))
     load_weights(config, module, models, inherited)
+    if isinstance(module, DiffusionModule):
+        use_latents(config, datamodule, module.latent_diffusion)
     module.to(memory_format=torch.channels_last)  # what convolutions are fastest in, on CPUs and GPUs alike
     if config.compile:
         module.compile_networks()
@@ -285,16 +249,6 @@ def evaluation_sets(
     else:
         chosen = {"data": OmegaConf.to_container(data) if OmegaConf.is_config(data) else data}
     return [ReferenceSet(name, shards, size, n, cache) for name, shards in chosen.items()]
-
-
-def pick_device(device: str) -> torch.device:
-    """The device that a name means; "auto" is the first GPU, else the CPU."""
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        return torch.empty((), device=device).device
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device={device} is not to be had here: {str(error).splitlines()[0]}") from error
 
 
 def _replace(node: Any, old: str, new: str) -> None:

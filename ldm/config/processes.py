@@ -40,6 +40,12 @@ def agreed(name: str, value: str) -> str:
     return _agreed[name]
 
 
+def launched() -> tuple[int, int, int]:
+    """(rank, world, local rank) of the processes that torchrun or SLURM started; (0, 1, 0) elsewhere."""
+    cluster = _cluster()
+    return (0, 1, 0) if cluster is None else (cluster.global_rank(), cluster.world_size(), cluster.local_rank())
+
+
 def _cluster() -> ClusterEnvironment | None:
     """What started this process, where it started others as well."""
     if TorchElasticEnvironment.detect():

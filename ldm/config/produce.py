@@ -1,7 +1,6 @@
 """Makes planned pictures with a trained model, on one device or on several, and writes each one once."""
 
 import multiprocessing
-import os
 import queue
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -12,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ldm.config.build import load_trained, pick_device
+from ldm.config.build import load_trained
 from ldm.config.pictures import read_source
 from ldm.config.plan import Place, Planned, settings_of
 from ldm.config.remake import Origin, facts_of
@@ -50,18 +49,6 @@ class Production:
         """The steps of all images together."""
         copies = [picture.place.batch_size if picture.place else 1 for picture in self.pictures]
         return sum(n * picture.steps() for n, picture in zip(copies, self.pictures, strict=True))
-
-
-def devices_of(device: str, count: int) -> list[str]:
-    """The names of `count` devices; UserError where there are not as many."""
-    first = pick_device(device)
-    there = torch.cuda.device_count() if first.type == "cuda" else os.cpu_count() or 1
-    if not isinstance(count, int) or not 1 <= count <= there:
-        kind = "GPUs" if first.type == "cuda" else "CPU cores (no GPU is in use)"
-        raise UserError(f"devices={count}: expected 1 to {there}, as many {kind} as this machine has")
-    if count == 1:
-        return [str(first)]
-    return [f"cuda:{i}" for i in range(count)] if first.type == "cuda" else [str(first)] * count
 
 
 def produce(production: Production, devices: Sequence[str], on_steps: OnSteps) -> None:

@@ -8,6 +8,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
+from ldm.config.check import build
 from ldm.errors import UserError
 from ldm.first_stage.autoencoder import FirstStage
 from ldm.interop.convert import read
@@ -83,6 +84,18 @@ def load_weights(
         load_strictly(module.model(), state, source.origin)
         if first_stage is not None:
             note_origin(target, first_stage.origin)
+
+
+def load_first_stage(config: DictConfig) -> FirstStage:
+    """The first stage that a second stage will train on, from `first_stage_from` or, failing that, `init_from`."""
+    given = config.first_stage_from or config.init_from
+    knob = "first_stage_from" if config.first_stage_from else "init_from"
+    if given is None:
+        raise UserError("first_stage_from: not given; the path of a finished first stage is needed")
+    source = weights_of(given, {}, knob, "first_stage")
+    first_stage = cast(FirstStage, build(OmegaConf.create(source.first_stage), "first_stage"))
+    load_strictly(first_stage, source.state, source.origin)
+    return first_stage.eval().requires_grad_(False)
 
 
 def _check_latents(first_stage: FirstStage, origin: str, trained: Weights) -> None:

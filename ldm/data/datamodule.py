@@ -6,7 +6,7 @@ order of samples depends on.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import pytorch_lightning as pl
 
@@ -20,6 +20,28 @@ from ldm.data.shards import Shards
 from ldm.errors import UserError
 
 GiB = 1 << 30
+
+
+class Source(Protocol):
+    """Where samples come from: pictures, or latents that a first stage made of them beforehand."""
+
+    @property
+    def shards(self) -> Shards:
+        """The shards, as `expand` takes them."""
+
+    @property
+    def index(self) -> str | None:
+        """Folder for the manifest; None: `.index` beside the shards."""
+
+    @property
+    def first_stage(self) -> str | None:
+        """The fingerprint of the first stage that the latents were made by; None where they are pictures."""
+
+    def manifest(self) -> Manifest:
+        """The manifest. Raises UserError for missing, damaged or empty shards."""
+
+    def fetcher(self, manifest: Manifest, size: int | Sequence[int], seed: int, cache_bytes: int) -> Fetcher:
+        """What reads the samples of `manifest` at a size in pixels."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +67,15 @@ class ShardSource:
         """The manifest. Raises UserError for missing, damaged or empty shards."""
         return load_manifest(self.shards, self.allow_damaged, self.index)
 
+    @property
+    def first_stage(self) -> None:
+        """None: they are pictures."""
+        return None
+
+    def fetcher(self, manifest: Manifest, size: int | Sequence[int], seed: int, cache_bytes: int) -> Fetcher:
+        """Reads pictures that cover `size`; up to `cache_bytes` of them are kept decoded."""
+        return Fetcher(manifest, View.of(size, self.random_crop, self.flip), seed, self.require_caption, cache_bytes)
+
 
 class ShardDataModule(pl.LightningDataModule):
     """Batches for `total_steps` optimizer steps of `global_batch` samples, over any ranks and workers.
@@ -67,8 +98,8 @@ class ShardDataModule(pl.LightningDataModule):
 
     def __init__(
         self,
-        train: ShardSource,
-        val: ShardSource | None,
+        train: Source,
+        val: Source | None,
         size: int | Sequence[int],
         global_batch: int,
         total_steps: int,
@@ -111,9 +142,19 @@ class ShardDataModule(pl.LightningDataModule):
             self.val_fetcher = self._fetcher(self.val, held_out)
             self.val_quarantine = Quarantine(held_out, self.max_bad)
 
-    def _fetcher(self, source: ShardSource, manifest: Manifest) -> Fetcher:
-        view = View.of(self.size, source.random_crop, source.flip)
-        return Fetcher(manifest, view, self.seed, source.require_caption, self.cache_bytes)
+    def _fetcher(self, source: Source, manifest: Manifest) -> Fetcher:
+        return source.fetcher(manifest, self.size, self.seed, self.cache_bytes)
+
+    def check_first_stage(self, fingerprint: str | None) -> None:
+        """Raises UserError where latents made beforehand are not this first stage's; None takes pictures alone."""
+        for source in (self.train, self.val):
+            made_by = source.first_stage if source is not None else None
+            if source is not None and made_by is not None and made_by != fingerprint:
+                wanted = f"is {fingerprint}" if fingerprint else "is trained here, on pictures"
+                raise UserError(
+                    f"the latents in {source.shards} were made by the first stage {made_by}, this one {wanted}: train "
+                    "from the pictures' shards, or make latents of them with python -m ldm.data.cache"
+                )
 
     def train_batches(self, rank: int = 0, world: int = 1, accumulation: int = 1) -> TrainBatches:
         """The batches of a rank, item i for micro-step i. After `setup`."""

@@ -4,12 +4,13 @@ What is random (crop, flip, the substitute of a bad sample) is drawn from (seed,
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ldm.data.index import Manifest
@@ -47,11 +48,13 @@ class View:
 class Sample:
     """A picture of the wanted size with its caption."""
 
-    pixels: Pixels  # [H, W, 3]
+    pixels: Pixels  # [H, W, 3]; [H, W, 0] of latents made beforehand
     caption: str
     index: int
     original_size: tuple[int, int]  # (height, width) as stored
     crop: tuple[int, int]  # (top, left) in the resized picture
+    moments: NDArray[np.float16] | None = None  # [2, C, h, w], of latents made beforehand
+    texts: Mapping[str, NDArray[Any]] = field(default_factory=dict)  # of captions encoded beforehand, by name
 
     @property
     def image(self) -> Tensor:
@@ -120,6 +123,10 @@ class Fetcher:
             pixels = pixels[:, ::-1]
         return Sample(pixels, caption, index, original, (top, left))
 
+    def pictures(self, samples: Sequence[Sample]) -> dict[str, Tensor]:
+        """The pictures as tensors of a Batch, by field."""
+        return {"images": as_images(np.stack([sample.pixels for sample in samples]))}
+
     def good(self, index: int, epoch: int = 0) -> tuple[Sample, list[tuple[int, str]]]:
         """The sample or, where it is bad, its substitute; and (index, reason) of each that was bad.
 
@@ -159,6 +166,15 @@ class Fetcher:
             return str(json.loads(data)["caption"]).strip()
         data = self._read(index, int(columns.text_offset[index]), int(columns.text_size[index]))
         return data.decode("utf-8", "replace").strip()
+
+    def parts(self, index: int) -> dict[str, bytes]:
+        """A sample's stored text and JSON, those of "txt" and "json" that it has."""
+        columns = self.manifest
+        places = {
+            "txt": (int(columns.text_offset[index]), int(columns.text_size[index])),
+            "json": (int(columns.json_offset[index]), int(columns.json_size[index])),
+        }
+        return {kind: self._read(index, *place) for kind, place in places.items() if place[1] >= 0}
 
     def _read(self, index: int, offset: int, size: int) -> bytes:
         number = int(self.manifest.shard[index])

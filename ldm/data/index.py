@@ -36,7 +36,7 @@ class Manifest:
     """The samples of a list of shards, in shard order.
 
     Columns (memory-mapped, one entry a sample): shard, image_offset, image_size, image_kind (an index into
-    IMAGE_KINDS), text_offset, text_size, json_offset, json_size (size -1: there is none), caption (0 none,
+    PICTURE_KINDS), text_offset, text_size, json_offset, json_size (size -1: there is none), caption (0 none,
     1 in the text, 2 in the JSON), width, height (pixels, from the JSON; 0: not known).
     """
 

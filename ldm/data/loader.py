@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.distributed import DistributedSampler
 
 from ldm.data.batch import Batch
-from ldm.data.fetch import Fetcher, as_images
+from ldm.data.fetch import Fetcher, Sample
 from ldm.data.plan import Plan, micro_batch
 from ldm.randomness import key, keys
 
@@ -29,8 +29,8 @@ def make_batch(
     found = [fetcher.good(index, epoch) for index, epoch in zip(indices, epochs, strict=True)]
     samples = [sample for sample, _ in found]
     return Batch(
-        images=as_images(np.stack([sample.pixels for sample in samples])),
-        fields={"caption": [sample.caption for sample in samples]},
+        **fetcher.pictures(samples),
+        fields={"caption": [sample.caption for sample in samples], **_texts(samples)},
         samples=torch.tensor([sample.index for sample in samples], dtype=torch.int64),
         keys=keys,
         step=step,
@@ -40,6 +40,12 @@ def make_batch(
         global_batch=global_batch,
         bad=[entry for _, bad in found for entry in bad],
     )
+
+
+def _texts(samples: Sequence[Sample]) -> dict[str, Tensor]:
+    """What was made of the captions beforehand, by name [B, ...]."""
+    names = samples[0].texts
+    return {name: torch.from_numpy(np.stack([sample.texts[name] for sample in samples])) for name in names}
 
 
 class TrainBatches(Dataset[Batch]):

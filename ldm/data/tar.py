@@ -19,6 +19,8 @@ from ldm.data.shards import ShardFile, open_shard
 BLOCK_bytes = 512
 AHEAD_bytes = 4096
 IMAGE_KINDS = ("jpg", "jpeg", "png", "webp")
+LATENTS = "latents.safetensors"  # what a first stage made of a picture stands in its place
+PICTURE_KINDS = (*IMAGE_KINDS, LATENTS)
 NO_CAPTION, TEXT_CAPTION, JSON_CAPTION = 0, 1, 2
 DAMAGE = ("truncated", "interleaved", "duplicate")
 PROBLEMS = (*DAMAGE, "no picture", "no caption")
@@ -192,7 +194,7 @@ class _Grouping:
 
     def _columns(self, parts: dict[str, Member]) -> tuple[int, ...] | None:
         """One row in the order of COLUMNS; None without a picture. An absent part has size -1."""
-        image = next((part for part in parts if part in IMAGE_KINDS), None)
+        image = next((part for part in parts if part in PICTURE_KINDS), None)
         if image is None:
             return None
         absent = Member("", 0, -1)
@@ -201,7 +203,7 @@ class _Grouping:
         spoken = isinstance(facts.get("caption"), str) and bool(facts["caption"])
         caption = TEXT_CAPTION if text.size > 0 else JSON_CAPTION if spoken else NO_CAPTION
         width, height = (v if isinstance(v := facts.get(k), int) else 0 for k in ("width", "height"))
-        picture = (parts[image].offset, parts[image].size, IMAGE_KINDS.index(image))
+        picture = (parts[image].offset, parts[image].size, PICTURE_KINDS.index(image))
         places = (text.offset, text.size, described.offset, described.size)
         return (*picture, *places, caption, width, height)
 

@@ -96,6 +96,12 @@ class FirstStage(nn.Module):
         z = self.bottleneck.latents(self._features(images), noise)
         return (z.to(torch.float32) - self._wide(self.latent_mean)) / self._wide(self.latent_std)
 
+    def moments(self, images: Tensor) -> Tensor:
+        """Mean and std [B, 2, C, h, w], float32, that `encode` draws normalised latents with: mean + std * noise."""
+        mean, std = self.bottleneck.gaussian(self._features(images))
+        scale = self._wide(self.latent_std)
+        return torch.stack([(mean - self._wide(self.latent_mean)) / scale, std / scale], dim=1)
+
     def decode(self, z: Tensor) -> Tensor:
         """Images [B, 3, H, W], in about [-1, 1] and not clamped, of normalised latents [B, C, h, w]."""
         z = z.to(torch.float32) * self._wide(self.latent_std) + self._wide(self.latent_mean)

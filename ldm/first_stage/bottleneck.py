@@ -27,8 +27,13 @@ class Bottleneck(nn.Module, ABC):
     """C, where the bottleneck is made for one."""
 
     @abstractmethod
+    def gaussian(self, h: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and std, each [B, C, h, w] in float32, that the second stage's latents are drawn with."""
+
     def latents(self, h: Tensor, noise: Tensor | None = None) -> Tensor:
-        """What the second stage models: z [B, C, h, w], float32, differentiable."""
+        """What the second stage models: mean + std * noise, with standard normal noise [B, C, h, w]; else the mean."""
+        mean, std = self.gaussian(h)
+        return mean if noise is None else mean + std * noise
 
     @abstractmethod
     def forward(self, h: Tensor, noise: Tensor | None = None) -> Bottlenecked:
@@ -74,10 +79,10 @@ class KLBottleneck(Bottleneck):
         mean, log_var = h.to(torch.float32).chunk(2, dim=1)
         return mean, log_var.clamp(-30.0, 20.0)
 
-    def latents(self, h: Tensor, noise: Tensor | None = None) -> Tensor:
-        """mean + std * noise, with standard normal noise [B, C, h, w]; the mean without noise."""
+    def gaussian(self, h: Tensor) -> tuple[Tensor, Tensor]:
+        """The posterior's mean and standard deviation."""
         mean, log_var = self.moments(h)
-        return mean if noise is None else mean + torch.exp(0.5 * log_var) * noise
+        return mean, torch.exp(0.5 * log_var)
 
     def forward(self, h: Tensor, noise: Tensor | None = None) -> Bottlenecked:
         """The sample, its KL divergence from N(0, 1) in nats summed over the image [B], and logs."""
@@ -125,9 +130,10 @@ class VQBottleneck(Bottleneck):
         quantised: Tensor = self.codebook(self.indices(z)).to(torch.float32).movedim(-1, 1)
         return quantised
 
-    def latents(self, h: Tensor, noise: Tensor | None = None) -> Tensor:
-        """The features as they are; nothing is drawn."""
-        return h.to(torch.float32)
+    def gaussian(self, h: Tensor) -> tuple[Tensor, Tensor]:
+        """The features as they are, and no deviation: nothing is drawn."""
+        mean = h.to(torch.float32)
+        return mean, torch.zeros_like(mean)
 
     def finish(self, z: Tensor) -> Tensor:
         """The nearest entries of latents [B, C, h, w]."""

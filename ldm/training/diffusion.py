@@ -38,14 +38,15 @@ class DiffusionModule(TrainingModule):
         self.latent_diffusion.denoiser.network.compile()
 
     def setup(self, stage: str) -> None:
-        """Refuses a picture size that the first stage can't divide, before anything runs."""
+        """Refuses a size that the first stage can't divide and latents of another one, before anything runs."""
         super().setup(stage)
-        self.check_size(self.latent_diffusion.first_stage)
+        self.check_data(self.latent_diffusion.first_stage, self.latent_diffusion.first_stage.fingerprint())
 
     def denoising_loss(self, batch: Batch, conditioning_dropout: bool) -> DenoisingLoss:
         """The loss of a batch; times, noise and caption dropout come from the batch's keys."""
         model = self.latent_diffusion
-        z0 = model.latents(batch.images, batch.keys)
+        cached = batch.moments
+        z0 = model.latents(batch.images, batch.keys) if cached is None else model.drawn_latents(cached, batch.keys)
         condition = model.conditioner(condition_fields(batch), batch.keys if conditioning_dropout else None)
         draws = Draws(batch.keys, batch.positions, batch.global_batch)
         result: DenoisingLoss = self.loss(model.denoiser, z0, condition.inputs(), draws)
@@ -65,7 +66,11 @@ class DiffusionModule(TrainingModule):
 
 
 def condition_fields(batch: Batch) -> dict[str, Sequence[str] | Tensor]:
-    """What a conditioner may ask of a batch: its texts, `image`, `original_size`, `crop` and `target_size` (pixels)."""
+    """What a conditioner may ask of a batch: its texts, `original_size`, `crop`, `target_size` (pixels), and `image`.
+
+    There is no `image` where latents stand for the pictures.
+    """
     size = batch.crop.new_tensor([batch.images.shape[2:]]).expand_as(batch.crop)
     sizes = {"original_size": batch.original_size, "crop": batch.crop, "target_size": size}
-    return {**batch.fields, **sizes, "image": batch.images}
+    picture = {"image": batch.images} if batch.moments is None else {}
+    return {**batch.fields, **sizes, **picture}

@@ -55,7 +55,7 @@ class FirstStageModule(TrainingModule):
     def setup(self, stage: str) -> None:
         """Refuses what would fail later: a size that does not divide, Lightning's own accumulation."""
         super().setup(stage)
-        self.check_size(self.first_stage)
+        self.check_data(self.first_stage, None)
         if self.trainer.accumulate_grad_batches != 1:
             raise UserError(
                 f"trainer.accumulate_grad_batches={self.trainer.accumulate_grad_batches}: the first stage "

@@ -56,11 +56,12 @@ class TrainingModule(pl.LightningModule):
         """Completes the checkpoint; UserError where the frozen parts are not those that it was trained with."""
         put_back(checkpoint, self._frozen, self.state_dict())
 
-    def check_size(self, first_stage: FirstStage) -> None:
-        """Raises UserError where the first stage can't divide the size of the pictures."""
+    def check_data(self, first_stage: FirstStage, fingerprint: str | None) -> None:
+        """UserError where the first stage can't divide the pictures' size, or latents are not by `fingerprint`."""
         datamodule = getattr(self.trainer, "datamodule", None)
         if isinstance(datamodule, ShardDataModule):
             first_stage.check_size(*View.of(datamodule.size).size)
+            datamodule.check_first_stage(fingerprint)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Gives dropout inside the networks the address (seed, micro step, rank)."""

@@ -107,7 +107,8 @@ class SampleSheets(Sheets):
         if self.prompts is not None:
             chosen = [self.prompts[i % len(self.prompts)] for i in range(self.n)]
             return [Request({"caption": prompt}, self.seed + i) for i, prompt in enumerate(chosen)]
-        fields = _first_samples(datamodule, self.n).fields
+        given = _first_samples(datamodule, self.n).fields
+        fields = {name: values for name, values in given.items() if isinstance(values, list)}
         rows = zip(*fields.values(), strict=True)
         return [Request(dict(zip(fields, row, strict=True)), self.seed + i) for i, row in enumerate(rows)]
 

@@ -165,3 +165,33 @@ def test_what_cannot_be_downloaded_says_what_to_do(tmp_path):
             load("nobody/nothing")
         with pytest.raises(UserError, match="config"):
             load(str(tmp_path))
+
+
+@pytest.mark.parametrize("options", [{}, {"pooled": True, "mask": True, "empty_as_zero": True}])
+def test_states_made_beforehand_are_what_encoding_gives(make_encoder, tokenizer, options):
+    conditioner = TextConditioner(make_encoder(), tokenizer, dropout=0.5, **options)
+    captions = [f"a {color} circle" for color in ("red", "blue", "green", "yellow")] * 4
+    made = conditioner.states(captions)
+    assert all(name.startswith(f"{conditioner.name}.") for name in made)
+    for visit in (None, keys(0, "visit", count=16)):
+        encoded = conditioner({"caption": captions}, visit).inputs()
+        kept = conditioner({"caption": ["unread"] * 16, **made}, visit).inputs()
+        assert list(kept) == list(encoded)
+        for name, value in encoded.items():
+            assert torch.allclose(kept[name].float(), value.float(), atol=1e-5)
+    assert not torch.allclose(encoded["tokens"], conditioner({"caption": captions}).tokens)
+
+
+def test_states_of_another_encoder_are_refused(make_encoder, tokenizer):
+    own = TextConditioner(make_encoder(0), tokenizer)
+    names = {own.name}
+    for other in (
+        TextConditioner(make_encoder(1), tokenizer),
+        TextConditioner(make_encoder(0), tokenizer, layer=-2),
+        TextConditioner(make_encoder(0), tokenizer, max_length=20),
+    ):
+        names.add(other.name)
+        with pytest.raises(UserError, match=f"this text encoder is {own.name}"):
+            own({"caption": CAPTIONS, **other.states(CAPTIONS)})
+    assert len(names) == 4
+    assert TextConditioner(make_encoder(0), tokenizer, frozen=False).encoders() == {}

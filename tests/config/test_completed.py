@@ -2,8 +2,8 @@
 
 import pytest
 
-from ldm.config.build import stage_config
 from ldm.config.compose import completed, compose, first_of_sweeps
+from ldm.config.stages import stage_config
 from ldm.errors import UserError
 
 TINY = ["experiment=quickstart", "variant=tiny"]

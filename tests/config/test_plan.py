@@ -12,9 +12,10 @@ from PIL import Image
 from ldm.config.axes import axes_of
 from ldm.config.build import warn_without_dropout
 from ldm.config.compose import compose, quoted, with_texts
+from ldm.config.devices import devices_of
 from ldm.config.pictures import read_source
 from ldm.config.plan import Place, Planned, Variants, fitted, plan, settings_of
-from ldm.config.produce import Production, devices_of
+from ldm.config.produce import Production
 from ldm.config.prompts import read_prompts
 from ldm.config.remake import Origin, again, facts_of, read_facts
 from ldm.errors import UserError

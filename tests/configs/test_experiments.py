@@ -9,9 +9,10 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from ldm.checkpoint import load_tensors
-from ldm.config.build import build, stage_config, stages
+from ldm.config.build import build, stages
 from ldm.config.check import check
 from ldm.config.compose import CONFIGS, compose
+from ldm.config.stages import stage_config
 from ldm.errors import UserError
 from ldm.training import curriculum
 

@@ -1,0 +1,188 @@
+"""Latents made beforehand: of the sources of a training stage, by the first stage that it trains on.
+
+`python -m ldm.data.cache OVERRIDES` takes the overrides of the training launch, so that what it makes is what the
+launch will look for; several devices share the work. The launch itself makes what is missing.
+"""
+
+import logging
+import multiprocessing
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from omegaconf import DictConfig
+
+from ldm.conditioning.text import Conditioner
+from ldm.config.check import build
+from ldm.config.compose import completed, compose, register_resolvers
+from ldm.config.devices import devices_of, pick_device
+from ldm.config.processes import launched
+from ldm.config.sources import load_first_stage
+from ldm.config.stages import stage_config
+from ldm.data.cache import Encoders, Work, write_latents
+from ldm.data.datamodule import ShardDataModule, ShardSource, Source
+from ldm.data.fetch import View
+from ldm.data.latents import LatentRecord
+from ldm.data.shards import expand
+from ldm.errors import UserError
+from ldm.first_stage.autoencoder import FirstStage
+from ldm.latent_diffusion import LatentDiffusion
+
+log = logging.getLogger(__name__)
+
+BATCH_pixels = {"cuda": 1 << 23, "cpu": 1 << 19}
+"""Pixels that are encoded at once."""
+
+
+def use_latents(config: DictConfig, datamodule: ShardDataModule, model: LatentDiffusion) -> None:
+    """Lets a stage train from cached latents where its knob `latents` says so; what is missing is made first.
+
+    Processes that torchrun or SLURM started share the work.
+    """
+    if config.latents is None:
+        return
+    rank, world, local = launched()
+    device = pick_device("auto")
+    device = torch.device("cuda", local) if device.type == "cuda" else device
+    latents = _Latents(config, model.first_stage, model.conditioner, device)
+    datamodule.train = latents.of(datamodule.train, rank, world)
+    if datamodule.val is not None:
+        datamodule.val = latents.of(datamodule.val, rank, world)
+
+
+class _Latents:
+    """Makes a stage's latents, and the states of its frozen text encoders where asked, on one device."""
+
+    def __init__(
+        self, config: DictConfig, first_stage: FirstStage, conditioner: Conditioner | None, device: torch.device
+    ) -> None:
+        self.config = config
+        self.fingerprint = first_stage.fingerprint()
+        self.first_stage = first_stage
+        self.encoders = conditioner.encoders() if conditioner is not None and config.latent_text else {}
+        if config.latent_text and not self.encoders:
+            raise UserError("latent_text=true: this conditioner has no frozen text encoder; give latent_text=false")
+        self.device = device
+
+    def of(self, source: Source, rank: int, world: int) -> Source:
+        """The cached latents of a source of pictures; another source as it is."""
+        if not isinstance(source, ShardSource):
+            return source
+        height, width = View.of(self.config.data.size).size
+        self.first_stage.check_size(height, width)
+        drawn = source.random_crop or source.flip
+        record = LatentRecord(
+            self.fingerprint,
+            source.manifest().fingerprint,
+            (height, width),
+            self.config.latent_variants if drawn else 1,
+            source.random_crop,
+            source.flip,
+            self.config.seed,
+            tuple(sorted(self.encoders)),
+        )
+        batch = max(1, BATCH_pixels[self.device.type] // (height * width * record.variants))
+        work = Work(rank, world, batch, self.config.data.workers, self.config.data.max_bad)
+        folder = _beside(source) if self.config.latents == "auto" else Path(self.config.latents)
+        parts: list[torch.nn.Module] = [self.first_stage, *self.encoders.values()]
+        before = [next(part.parameters()).device for part in parts]
+        for part in parts:
+            part.to(self.device)
+        encoders = Encoders(self._images, self._texts if self.encoders else None)
+        made = write_latents(source, record, encoders, folder / record.name, work, progress=rank == 0)
+        for part, device in zip(parts, before, strict=True):
+            part.to(device)
+        log.info("latents: %s", made.shards)
+        return made
+
+    @torch.inference_mode()
+    def _images(self, images: torch.Tensor) -> torch.Tensor:
+        return self.first_stage.moments(images.to(self.device, memory_format=torch.channels_last))
+
+    @torch.inference_mode()
+    def _texts(self, captions: list[str]) -> dict[str, torch.Tensor]:
+        return {name: states for encoder in self.encoders.values() for name, states in encoder.states(captions).items()}
+
+
+def _beside(source: ShardSource) -> Path:
+    folders = {str(Path(path).resolve().parent) for path in expand(source.shards)}
+    return Path(os.path.commonpath(folders)) / ".latents"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """`python -m ldm.data.cache OVERRIDES [devices=N]`: makes the latents of all second stages of a launch."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+    try:
+        _command(list(sys.argv[1:] if arguments is None else arguments))
+    except UserError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 1
+    return 0
+
+
+def _command(arguments: list[str]) -> None:
+    count = [text.removeprefix("devices=") for text in arguments if text.startswith("devices=")]
+    overrides = [text for text in arguments if not text.startswith("devices=")]
+    if count and not count[-1].isdecimal():
+        raise UserError(f"devices={count[-1]}: expected a number of devices")
+    devices = devices_of("auto", int(count[-1]) if count else 1)
+    if len(devices) == 1:
+        _share(overrides, devices[0], 0, 1)
+        return
+    context = multiprocessing.get_context("spawn")
+    told: Any = context.Queue()
+    workers = [
+        context.Process(target=_process, args=(overrides, device, rank, len(devices), told), daemon=False)
+        for rank, device in enumerate(devices)
+    ]
+    for worker in workers:
+        worker.start()
+    try:
+        _await(workers, told)
+    finally:
+        for worker in workers:
+            worker.terminate()
+            worker.join()
+
+
+def _await(workers: Sequence[Any], told: Any) -> None:
+    """Until all have finished; UserError with what one of them ran into."""
+    for worker in workers:
+        while worker.is_alive():
+            worker.join(0.5)
+            failed = [other for other in workers if other.exitcode not in (None, 0)]
+            if failed:
+                why = told.get(timeout=5.0) if failed[0].exitcode == 1 else f"exit status {failed[0].exitcode}"
+                raise UserError(why)
+
+
+def _process(overrides: list[str], device: str, rank: int, world: int, told: Any) -> None:
+    torch.set_num_threads(max(1, torch.get_num_threads() // world))
+    try:
+        _share(overrides, device, rank, world)
+    except Exception as error:
+        told.put(str(error) if isinstance(error, UserError) else traceback.format_exc())
+        raise SystemExit(1) from None
+
+
+def _share(overrides: list[str], device: str, rank: int, world: int) -> None:
+    """This process's share of the latents of every second stage that the launch has."""
+    register_resolvers()
+    overrides = completed("train", overrides)
+    cfg = compose("train", overrides)
+    configs = [stage_config(cfg, str(name), overrides) for name in cfg.stages]
+    configs = [config for config in configs if config.task == "diffusion"]
+    if not configs:
+        raise UserError("stages: none of them trains on latents; give stages=[base] or the like")
+    for config in configs:
+        if config.latents is None:
+            raise UserError("latents: not given; give latents=auto (beside the shards) or latents=FOLDER")
+        conditioner = cast(Conditioner, build(config.conditioner, "conditioner")) if config.latent_text else None
+        latents = _Latents(config, load_first_stage(config), conditioner, pick_device(device))
+        for name in ("train", "val"):
+            if config.data.get(name) is not None:
+                latents.of(cast(Source, build(config.data[name])), rank, world)

@@ -1,0 +1,256 @@
+"""Makes shards of latents beside shards of pictures: `python -m ldm.data.cache` and the knob `latents` of train.py.
+
+One shard of pictures becomes one shard of latents, whole or not at all, so that the work is shared by shards and
+goes on where it stopped.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from ldm.data.datamodule import ShardSource
+from ldm.data.fetch import Fetcher, Sample, as_images
+from ldm.data.latents import FACTS, MOMENTS, RECORD, LatentRecord, LatentSource, pack, read_record, write_record
+from ldm.data.picture import BadSample
+from ldm.data.shards import write_shard
+from ldm.data.tar import LATENTS
+from ldm.errors import UserError
+
+Encode = Callable[[Tensor], Tensor]
+"""Mean and std [B, 2, C, h, w] of the normalised latents of images [B, 3, H, W] in [-1, 1]."""
+EncodeTexts = Callable[[list[str]], dict[str, Tensor]]
+"""What the text encoders make of captions: tensors [B, ...], by names that training asks for."""
+
+COMMAND = "ldm.config.latents"  # what builds the first stage that the command encodes with
+POLL_s = 0.5
+
+
+@dataclass(frozen=True)
+class Work:
+    """How much of the work this process does, and how.
+
+    rank, world   of the processes that share the shards; each takes every world-th
+    batch         pictures that are encoded at once
+    workers       processes that decode pictures
+    max_bad       it ends when more than this share of the pictures, and more than ten, cannot be used
+    """
+
+    rank: int = 0
+    world: int = 1
+    batch: int = 32
+    workers: int = 0
+    max_bad: float = 0.01
+
+
+@dataclass
+class _Chunk:
+    """Consecutive samples of a shard: their keys, parts and pictures; `bad` are those left out."""
+
+    shard: int
+    last: bool
+    keys: list[str] = field(default_factory=list)
+    parts: list[dict[str, bytes]] = field(default_factory=list)
+    variants: list[list[Sample]] = field(default_factory=list)
+    captions: list[list[str]] = field(default_factory=list)
+    bad: list[tuple[str, str]] = field(default_factory=list)
+
+
+class _Chunks(Dataset[_Chunk]):
+    """The samples of some shards in their order, decoded, in chunks that do not cross shards."""
+
+    def __init__(self, fetcher: Fetcher, shards: Sequence[int], batch: int, variants: int) -> None:
+        self.fetcher = fetcher
+        self.variants = variants
+        self.chunks: list[tuple[int, range, bool]] = []
+        for shard in shards:
+            first, end = np.searchsorted(fetcher.manifest.shard, [shard, shard + 1]).tolist()
+            starts = range(first, max(end, first + 1), batch)  # an empty shard has one empty chunk
+            self.chunks += [(shard, range(i, min(i + batch, end)), i == starts[-1]) for i in starts]
+
+    def __len__(self) -> int:
+        return len(self.chunks)
+
+    def __getitem__(self, number: int) -> _Chunk:
+        shard, indices, last = self.chunks[number]
+        chunk = _Chunk(shard, last)
+        for index in indices:
+            key = self.fetcher.manifest.key(index)
+            try:
+                made = [self.fetcher(index, variant) for variant in range(self.variants)]
+            except BadSample as reason:
+                chunk.bad.append((key, str(reason)))
+                continue
+            chunk.keys.append(key)
+            chunk.parts.append(self.fetcher.parts(index))
+            chunk.variants.append(made)
+            chunk.captions.append([made[0].caption])
+        return chunk
+
+
+@dataclass(frozen=True)
+class Encoders:
+    """What makes latents, and states of captions where the record has texts."""
+
+    images: Encode
+    texts: EncodeTexts | None = None
+
+
+def write_latents(
+    source: ShardSource, record: LatentRecord, encoders: Encoders, out: Path, work: Work, progress: bool = True
+) -> LatentSource:
+    """Writes this process's share of the latents of `source` to the folder `out`, and waits for the others'.
+
+    What is there already is kept. Returns the source to train from. UserError where `out` holds another cache, or
+    too many pictures are bad.
+    """
+    finished = LatentSource(str(out), source.require_caption)
+    if (out / RECORD).is_file() and _is_finished(out, record):
+        return finished
+    out.mkdir(parents=True, exist_ok=True)
+    if not (out / RECORD).exists():
+        write_record(out, record, None)
+    manifest = source.manifest()
+    paths = [out / f"{number:06d}.tar" for number in range(len(manifest.paths))]
+    own = [number for number in range(work.rank, len(paths), work.world) if not paths[number].exists()]
+    started = time.monotonic()
+    made = 0
+    if own:
+        fetcher = source.fetcher(manifest, record.size, record.seed, 0)
+        made = _write_shards(fetcher, own, paths, record, encoders, work, progress)
+    _wait(out, paths, work)
+    if work.rank == 0:
+        seconds = round(time.monotonic() - started, 1)
+        write_record(out, record, _counts(out, paths, made, seconds))
+    while not _is_finished(out, record):
+        time.sleep(POLL_s)
+    return finished
+
+
+def _is_finished(out: Path, record: LatentRecord) -> bool:
+    """Whether the cache in `out` is complete; UserError where it is another one."""
+    facts = json.loads((out / RECORD).read_text())
+    if facts.get("first_stage") != record.first_stage:
+        raise UserError(
+            f"{out} holds latents of the first stage {facts.get('first_stage')}, this one is {record.first_stage}: "
+            "give another folder, or delete that one"
+        )
+    if not facts.get("finished"):
+        return False
+    if read_record(out) != record:
+        raise UserError(f"{out} holds other latents ({read_record(out)}, wanted {record}): give another folder")
+    return True
+
+
+def _write_shards(
+    fetcher: Fetcher,
+    own: Sequence[int],
+    paths: Sequence[Path],
+    record: LatentRecord,
+    encoders: Encoders,
+    work: Work,
+    progress: bool,
+) -> int:
+    """Writes the shards `own`; returns how many pictures were encoded."""
+    chunks = _Chunks(fetcher, own, work.batch, record.variants)
+    loader: DataLoader[Any] = DataLoader(chunks, batch_size=None, num_workers=work.workers)
+    total = sum(len(indices) for _, indices, _ in chunks.chunks)
+    bar: Any = tqdm(total=total, unit="picture", desc="latents", disable=not progress, mininterval=1.0)
+    left_out: list[tuple[str, str]] = []
+    made = 0
+    stream = iter(loader)
+    with bar:
+        for number in own:
+            before = len(left_out)
+            made += write_shard(paths[number], _samples(stream, record, encoders, left_out, bar))
+            if len(left_out) > before:
+                told = [{"key": key, "reason": reason} for key, reason in left_out[before:]]
+                paths[number].with_suffix(".left_out.json").write_text(json.dumps(told, indent=1))
+            seen = made + len(left_out)
+            if len(left_out) > max(10, work.max_bad * seen):
+                listed = "\n".join(f"  {key}: {reason}" for key, reason in left_out[:10])
+                raise UserError(f"{len(left_out)} of {seen} pictures cannot be used:\n{listed}\nmend these shards")
+    return made
+
+
+def _samples(
+    stream: Iterator[_Chunk], record: LatentRecord, encoders: Encoders, left_out: list[tuple[str, str]], bar: Any
+) -> Iterator[tuple[str, dict[str, bytes]]]:
+    """The samples of one shard as they come from the loader, encoded."""
+    for chunk in stream:
+        left_out += chunk.bad
+        if chunk.keys:
+            flat = np.stack([sample.pixels for variants in chunk.variants for sample in variants])
+            moments = encoders.images(as_images(flat)).to("cpu", torch.float16).numpy()
+            moments = moments.reshape(len(chunk.keys), record.variants, *moments.shape[1:])
+            texts = _encode_texts(chunk, encoders.texts)
+            for i, key in enumerate(chunk.keys):
+                arrays = {MOMENTS: moments[i], **texts[i]}
+                yield key, _members(chunk.parts[i], chunk.variants[i], chunk.captions[i], arrays)
+        bar.update(len(chunk.keys) + len(chunk.bad))
+        if chunk.last:
+            return
+
+
+def _encode_texts(chunk: _Chunk, encode: EncodeTexts | None) -> list[dict[str, Any]]:
+    """What each sample's captions are encoded to: arrays [captions of the sample, ...] by name."""
+    if encode is None:
+        return [{} for _ in chunk.keys]
+    ends = np.cumsum([len(captions) for captions in chunk.captions])[:-1]
+    made = encode([caption for captions in chunk.captions for caption in captions])
+    half = {name: states.to("cpu") for name, states in made.items()}
+    arrays = {name: (t.half() if t.is_floating_point() else t).numpy() for name, t in half.items()}
+    parts = {name: np.split(array, ends) for name, array in arrays.items()}
+    return [{name: parts[name][i] for name in parts} for i in range(len(chunk.keys))]
+
+
+def _members(
+    parts: dict[str, bytes], variants: Sequence[Sample], captions: list[str], arrays: dict[str, Any]
+) -> dict[str, bytes]:
+    """The members of a sample by extension: latents, and the text and JSON that the picture had."""
+    facts = json.loads(parts["json"]) if "json" in parts else {}
+    crops = [sample.crop for sample in variants]
+    facts[FACTS] = {"original_size": variants[0].original_size, "crops": crops, "captions": captions}
+    text = {"txt": parts["txt"]} if "txt" in parts else {}
+    return {LATENTS: pack(arrays), **text, "json": json.dumps(facts).encode()}
+
+
+def _wait(out: Path, paths: Sequence[Path], work: Work) -> None:
+    """Until every shard is there; each process ends with the launch that started it."""
+    while work.rank == 0 and not all(path.exists() for path in paths):
+        time.sleep(POLL_s)
+
+
+def _counts(out: Path, paths: Sequence[Path], made: int, seconds: float) -> dict[str, Any]:
+    """What a finished cache amounts to; the rate is this process's."""
+    manifest = LatentSource(str(out)).open()
+    size = sum(path.stat().st_size for path in paths)
+    left_out = [json.loads(path.read_text()) for path in sorted(out.glob("*.left_out.json"))]
+    return {
+        "samples": len(manifest),
+        "left_out": sum(map(len, left_out)),
+        "bytes": size,
+        "bytes_per_sample": round(size / max(1, len(manifest))),
+        "seconds": seconds,
+        "pictures_per_second": round(made / seconds, 1) if seconds else None,
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """`python -m ldm.data.cache OVERRIDES`, see ldm.config.latents, which builds what this command needs."""
+    status: int = import_module(COMMAND).main(arguments)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,202 @@
+"""Latents that a first stage made beforehand, as shards to train from: `key.latents.safetensors` stands for
+the picture.
+
+Such a shard is an ordinary one: it has the sample's text and JSON parts beside the latents, and webdataset reads
+it. The folder's record says which first stage made them, and from what.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors.numpy import save
+from torch import Tensor
+
+from ldm.data.fetch import Fetcher, Sample, View
+from ldm.data.index import Manifest, load_manifest
+from ldm.data.picture import BadSample
+from ldm.data.tar import LATENTS, PICTURE_KINDS
+from ldm.errors import UserError
+from ldm.randomness import key
+
+RECORD = "latents.json"
+FORMAT = 1
+FACTS = "latents"  # what the JSON part of a sample says of its variants
+KIND = PICTURE_KINDS.index(LATENTS)
+
+MOMENTS = "moments"
+KINDS: dict[str, type[np.generic]] = {"F16": np.float16, "F32": np.float32, "BOOL": np.bool_}
+
+
+@dataclass(frozen=True)
+class LatentRecord:
+    """What a folder of cached latents depends on: another value of any of these is another cache.
+
+    first_stage      fingerprint of the first stage that made them
+    source           fingerprint of the pictures' shards
+    size             (height, width) in pixels of what was encoded
+    variants         crops and flips of each picture
+    random_crop, flip   how the variants were taken; `seed` is what they were drawn from
+    texts            names of the text encoders whose states are there too; a name holds a fingerprint
+    """
+
+    first_stage: str
+    source: str
+    size: tuple[int, int]
+    variants: int = 1
+    random_crop: bool = False
+    flip: bool = False
+    seed: int = 0
+    texts: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.variants < 1:
+            raise UserError(f"variants={self.variants}: expected 1 or more")
+        if self.variants == 1 and (self.random_crop or self.flip):
+            raise UserError(
+                "one variant would freeze each picture's crop and flip for the whole training: give variants=4 or "
+                "more, or random_crop=false flip=false"
+            )
+        if self.variants > 1 and not (self.random_crop or self.flip):
+            raise UserError(f"variants={self.variants} would all be the same: give random_crop=true, flip=true or both")
+
+    @property
+    def name(self) -> str:
+        """A folder name of its own for each record."""
+        drawn = (
+            "".join(("", f"-{self.variants}x", "c" * self.random_crop, "f" * self.flip)) if self.variants > 1 else ""
+        )
+        made = f"{key(json.dumps(asdict(self))) & 0xFFFFFFFF:08x}"
+        return f"{self.first_stage[:8]}-{self.size[0]}x{self.size[1]}{drawn}-{made}"
+
+
+def read_record(folder: Path) -> LatentRecord:
+    """The record of a finished cache. Raises UserError where there is none, or it is of another format."""
+    path = folder / RECORD
+    if not path.is_file():
+        raise UserError(f"{folder} holds no cached latents (no {RECORD}); make them with python -m ldm.data.cache")
+    facts: dict[str, Any] = json.loads(path.read_text())
+    if facts.get("format") != FORMAT:
+        raise UserError(f"{path} is of format {facts.get('format')}, this version reads {FORMAT}; make the cache anew")
+    if not facts.get("finished"):
+        raise UserError(f"the latents in {folder} are not complete; run python -m ldm.data.cache again, it goes on")
+    names = LatentRecord.__dataclass_fields__
+    known = {name: value for name, value in facts.items() if name in names}
+    return LatentRecord(**known | {"size": tuple(known["size"]), "texts": tuple(known["texts"])})
+
+
+def write_record(folder: Path, record: LatentRecord, finished: Mapping[str, Any] | None) -> None:
+    """Writes the record; `finished` are the counts of a complete cache, None where it is still being made."""
+    facts = {"format": FORMAT, **asdict(record), "finished": finished is not None, **(finished or {})}
+    (folder / RECORD).write_text(json.dumps(facts, indent=1))
+
+
+@dataclass(frozen=True)
+class LatentSource:
+    """A folder of cached latents to train from, in the place of a ShardSource.
+
+    shards           the folder that python -m ldm.data.cache wrote
+    require_caption  a sample without caption is bad; false gives it the empty caption
+    index            folder for the manifest; None: `.index` beside the shards
+    """
+
+    shards: str
+    require_caption: bool = True
+    index: str | None = None
+
+    @property
+    def first_stage(self) -> str:
+        """The fingerprint of the first stage that made the latents."""
+        return read_record(Path(self.shards)).first_stage
+
+    def manifest(self) -> Manifest:
+        """The manifest. Raises UserError where the cache is missing, incomplete or damaged."""
+        read_record(Path(self.shards))
+        return self.open()
+
+    def open(self) -> Manifest:
+        """The manifest, of a cache that is not declared finished too."""
+        return load_manifest(self.shards, False, self.index)
+
+    def fetcher(self, manifest: Manifest, size: int | Sequence[int], seed: int, cache_bytes: int) -> "LatentFetcher":
+        """Reads latents of pictures of that size; UserError where they were made at another."""
+        record = read_record(Path(self.shards))
+        if View.of(size).size != record.size:
+            raise UserError(
+                f"data.size={size}: the latents in {self.shards} are of pictures of {record.size[0]}x{record.size[1]}; "
+                "make others by training from the pictures with the knob latents"
+            )
+        return LatentFetcher(manifest, record, seed, self.require_caption)
+
+
+class LatentFetcher(Fetcher):
+    """Samples of cached latents, by index and epoch; the variant is drawn at every visit from (seed, epoch, index)."""
+
+    def __init__(self, manifest: Manifest, record: LatentRecord, seed: int = 0, require_caption: bool = True) -> None:
+        super().__init__(manifest, View(record.size), seed, require_caption)
+        self.record = record
+        self._nothing = np.empty((*record.size, 0), np.uint8)
+
+    def __call__(self, index: int, epoch: int = 0) -> Sample:
+        """The sample. Raises BadSample; UserError where its shard changed since it was indexed."""
+        columns = self.manifest
+        if columns.image_kind[index] != KIND:
+            raise BadSample("no latents")
+        caption = self.caption(index)
+        arrays = unpack(self._read(index, int(columns.image_offset[index]), int(columns.image_size[index])))
+        facts = json.loads(self._read(index, int(columns.json_offset[index]), int(columns.json_size[index])))[FACTS]
+        variant = key(self.seed, "variant", epoch, index) % self.record.variants if self.record.variants > 1 else 0
+        moments = arrays.pop(MOMENTS)[variant]
+        texts = self._texts(arrays, facts, caption) if arrays else {}
+        original, crop = tuple(facts["original_size"]), tuple(facts["crops"][variant])
+        return Sample(self._nothing, caption, index, original, crop, moments, texts)
+
+    def pictures(self, samples: Sequence[Sample]) -> dict[str, Tensor]:
+        """`moments` [B, 2, C, h, w], and `images` without channels."""
+        moments = torch.from_numpy(np.stack([sample.moments for sample in samples if sample.moments is not None]))
+        return {"images": torch.empty(len(samples), 0, *self.record.size), "moments": moments}
+
+    def _texts(self, arrays: dict[str, NDArray[Any]], facts: dict[str, Any], caption: str) -> dict[str, NDArray[Any]]:
+        """What the text encoders made of the caption, by name; there is one row for each caption of the sample."""
+        if caption not in facts["captions"]:
+            raise UserError(
+                f"the caption {caption!r} was not encoded when the latents were made: the choice of captions has "
+                "changed; make them anew (latents=ANOTHER_FOLDER), or encode texts in training (latent_text=false)"
+            )
+        row = facts["captions"].index(caption)
+        return {name: array[row] for name, array in arrays.items()}
+
+
+def pack(arrays: Mapping[str, NDArray[Any]]) -> bytes:
+    """Arrays by name as the bytes of a safetensors file."""
+    data: bytes = save({name: np.ascontiguousarray(array) for name, array in arrays.items()})
+    return data
+
+
+def unpack(data: bytes) -> dict[str, NDArray[Any]]:
+    """The arrays of a safetensors file's bytes, without a copy. Raises BadSample where it is none."""
+    try:
+        start = 8 + int.from_bytes(data[:8], "little")
+        places = _places(data[8:start])
+        return {
+            name: np.frombuffer(data, kind, count, start + at).reshape(shape) for name, kind, shape, count, at in places
+        }
+    except (ValueError, KeyError, TypeError) as error:
+        raise BadSample("corrupt latents") from error
+
+
+@lru_cache(maxsize=64)
+def _places(header: bytes) -> list[tuple[str, type[np.generic], tuple[int, ...], int, int]]:
+    """(name, type, shape, numbers, first byte) of each array; most samples of a cache have the same header."""
+    found = json.loads(header)
+    return [
+        (name, KINDS[facts["dtype"]], tuple(facts["shape"]), int(np.prod(facts["shape"])), facts["data_offsets"][0])
+        for name, facts in found.items()
+        if name != "__metadata__"
+    ]
