@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from ldm.errors import UserError
 from ldm.networks.blocks import group_norm
+from ldm.networks.chunked_attention import attend
 
 
 def head_count(channels: int, num_heads: int | None, head_channels: int | None) -> int:
@@ -38,7 +39,7 @@ class Attention(nn.Module):
         q = self.to_q(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [B, heads, N, C/heads]
         k = self.to_k(context).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         v = self.to_v(context).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-        h = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        h = attend(q, k, v, mask)
         out: Tensor = self.to_out(h.transpose(1, 2).flatten(2))
         return out
 

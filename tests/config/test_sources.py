@@ -9,10 +9,13 @@ import torch
 from ldm.checkpoint import load_tensors
 from ldm.config.build import stages
 from ldm.config.compose import compose
+from ldm.config.sources import load_strictly
 from ldm.errors import UserError
 from ldm.interop.convert import convert, read
 from ldm.latent_diffusion import LatentDiffusion
+from ldm.networks.unet import UNet
 from ldm.training import curriculum
+from tests.interop.tiny import package
 
 
 def overrides_for(shapes: Path, out: Path, *more: str) -> list[str]:
@@ -108,6 +111,16 @@ def test_weights_of_another_width_are_refused(run: Path, tiny_shapes: Path, tmp_
             tiny_shapes, run, tmp_path, "network.model_channels=32", f"init_from={run}/base.safetensors",
             f"first_stage_from={run}/first_stage",
         )  # fmt: skip
+
+
+def test_weights_of_sd_2_are_refused_for_a_network_of_sd_1(tmp_path: Path) -> None:
+    given = {name: package(name, tmp_path) for name in ("sd1", "sd2")}
+    network = UNet(**(given["sd1"].architecture.network or {}))
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    with pytest.raises(UserError, match=r"don't fit the model: time_embed.0.weight: \[256, 64\] in the file") as caught:
+        load_strictly(network, given["sd2"].part("denoiser.network."), "sd2.safetensors")
+    assert "more" in str(caught.value)  # of the many, some are named
+    assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
 
 
 def test_a_first_stage_alone_is_no_model(run: Path, tiny_shapes: Path, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import torch
 from ldm.interop.names import unet_to_diffusers
 from ldm.networks.unet import UNet
 
-from .names import copy_weights, gradients_of, relative, spread, worst_gradient
+from .names import copy_weights, gradients_of, relative, share_weights, spread, worst_gradient
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -83,9 +83,10 @@ def compare(ours: dict[str, Any], peers: dict[str, Any], size: tuple[int, int] =
     torch.manual_seed(0)
     unet = UNet(**({"in_channels": 4, "out_channels": 4, "model_channels": 32, "num_res_blocks": 2} | ours))
     spread(unet)
-    peer = diffusers.UNet2DConditionModel(**peers)
+    with torch.device("meta"):
+        peer = diffusers.UNet2DConditionModel(**peers)
     pieces = unet_to_diffusers(dict(unet.named_parameters()))
-    copy_weights(unet, peer, pieces)
+    share_weights(unet, peer, pieces)
 
     latents, t = torch.randn(2, 4, *size), torch.tensor([7.0, 800.0])
     tokens = torch.randn(2, 5, unet.context_dim or 1)
@@ -118,7 +119,7 @@ def test_outputs_and_gradients_are_those_of_diffusers(name: str) -> None:
     compare(*CONDITIONAL[name])
 
 
-@pytest.mark.slow  # full width: 860M parameters, 4 copies of them in float32
+@pytest.mark.slow  # full width: 860M parameters, 3 copies of them in float32 (weights, and two gradients)
 def test_sd1_at_full_width() -> None:
     ours, peers = SD1
     full = dict(block_out_channels=(320, 640, 1280, 1280), cross_attention_dim=768)
