@@ -189,6 +189,14 @@ def test_a_karras_grid_outside_the_schedule_is_refused() -> None:
         Karras(sigma_min=20.0, sigma_max=80.0)(SCHEDULE, 10)
 
 
+@pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
+def test_the_start_has_the_deviation_of_normalised_data_at_its_level(schedule: Schedule) -> None:
+    times = Trailing()(schedule, 7)[2:]
+    alpha, sigma, _, _ = schedule(times[:1])
+    begun = start(torch.full((2, 3), 0.5, dtype=torch.float64), times, schedule)
+    torch.testing.assert_close(begun, 0.5 * torch.hypot(alpha, sigma).expand(2, 3), rtol=1e-12, atol=0)
+
+
 def test_an_images_noise_is_its_seeds_alone() -> None:
     many, one = ImageNoise([3, 4, 5, 6]), ImageNoise([5])
     for _ in range(3):
