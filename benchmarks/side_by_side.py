@@ -17,6 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 Run = Callable[[], object]
+Clock = Callable[[], float]
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -58,25 +59,29 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def seconds(run: Run, device: torch.device) -> float:
+def seconds(run: Run, device: torch.device, clock: Clock = time.perf_counter) -> float:
     """How long a run takes, on the device too."""
     synchronize(device)
-    began = time.perf_counter()
+    began = clock()
     run()
     synchronize(device)
-    return time.perf_counter() - began
+    return clock() - began
 
 
-def time_all(contenders: list[Contender], rounds: int, device: torch.device) -> None:
-    """Times every contender once a round, in an order that changes from round to round, after one run to warm up."""
+def time_all(contenders: list[Contender], rounds: int, device: torch.device, clock: Clock = time.perf_counter) -> None:
+    """Times every contender once a round, in an order that changes from round to round, after one run to warm up.
+
+    With time.process_time it is the processor's time that counts: what other processes take is left out, but the
+    waiting of threads for one another counts as well, so it is a measure for one thread.
+    """
     for contender in contenders:
-        took = seconds(contender.run, device)
+        took = seconds(contender.run, device, clock)
         progress(f"  {contender.name}: first run {took:.2f} s")
         contender.peak_bytes = peak_bytes(contender.run, device)
     order = random.Random(0)
     for number in range(1, rounds + 1):
         for contender in order.sample(contenders, len(contenders)):
-            contender.times_s.append(seconds(contender.run, device))
+            contender.times_s.append(seconds(contender.run, device, clock))
         progress(f"  round {number} of {rounds}: " + ", ".join(f"{c.name} {c.times_s[-1]:.4g}" for c in contenders))
 
 
@@ -130,21 +135,23 @@ def ceilings(device: torch.device, precision: str, small: bool) -> list[tuple[st
     ]
 
 
-def rates(device: torch.device, precisions: list[str], rounds: int, small: bool) -> dict[str, dict[str, float]]:
+def rates(
+    device: torch.device, precisions: list[str], rounds: int, small: bool, clock: Clock = time.perf_counter
+) -> dict[str, dict[str, float]]:
     """FLOP/s of the ceilings by precision and name: the best of several runs, each repeated for a while."""
     found: dict[str, dict[str, float]] = {}
     with torch.inference_mode():
         for precision in precisions:
             found[precision] = {}
             for name, run, count in ceilings(device, precision, small):
-                once = seconds(run, device), seconds(run, device)
+                once = seconds(run, device, clock), seconds(run, device, clock)
                 repeats = max(1, int((0.01 if small else 0.2) / once[1]))
 
                 def several(run: Run = run, repeats: int = repeats) -> None:
                     for _ in range(repeats):
                         run()
 
-                best = min(seconds(several, device) for _ in range(rounds)) / repeats
+                best = min(seconds(several, device, clock) for _ in range(rounds)) / repeats
                 found[precision][name] = count / best
                 progress(f"{name}, {precision}: {count / best / 1e9:.0f} GFLOP/s")
     return found
@@ -153,8 +160,8 @@ def rates(device: torch.device, precisions: list[str], rounds: int, small: bool)
 def table(contenders: list[Contender], count: int, rate: dict[str, dict[str, float]]) -> list[str]:
     """A row for each contender, compared with the first; `count` FLOPs, `rate` as `rates` gives it."""
     lines = [
-        "| | median, s (quartiles) | times faster | GFLOP/s | of convolution | of matrix product | peak, MB |",
-        "|---|---|---|---|---|---|---|",
+        "| | median, s (quartiles) | least | times faster | GFLOP/s | of convolution | of matrix product | peak, MB |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for contender in contenders:
         low, high = contender.quartiles_s()
@@ -163,7 +170,7 @@ def table(contenders: list[Contender], count: int, rate: dict[str, dict[str, flo
         peak = "" if contender.peak_bytes is None else f"{contender.peak_bytes / 1e6:.0f}"
         lines.append(
             f"| {contender.name} | {contender.median_s:.4g} ({low:.4g} to {high:.4g}) "
-            f"| {contenders[0].median_s / contender.median_s:.2f} | {speed / 1e9:.1f} "
+            f"| {min(contender.times_s):.4g} | {contenders[0].median_s / contender.median_s:.2f} | {speed / 1e9:.1f} "
             f"| {speed / own['convolution']:.1%} | {speed / own['matrix product']:.1%} | {peak} |"
         )
     return lines
