@@ -25,7 +25,7 @@ from ldm.config.sources import load_first_stage
 from ldm.config.stages import stage_config
 from ldm.data.cache import Encoders, Work, write_latents
 from ldm.data.datamodule import ShardDataModule
-from ldm.data.latents import LatentRecord
+from ldm.data.latents import LatentRecord, summary
 from ldm.data.selection import Selection
 from ldm.data.shard_source import ShardSource, Source
 from ldm.data.shards import expand
@@ -104,7 +104,7 @@ class _Latents:
             self.config.latent_variants if drawn else 1,
             source.random_crop,
             source.flip,
-            self.config.seed,
+            self.config.seed if drawn else 0,  # nothing else is drawn from it
             tuple(sorted(self.encoders)),
             tuple(sorted(captions)),
         )
@@ -120,7 +120,7 @@ class _Latents:
         made = write_latents(source, record, encoders, folder / record.name, work, chosen, progress=rank == 0)
         for part, device in zip(parts, before, strict=True):
             part.to(device)
-        log.info("latents: %s", made.shards)
+        log.info("latents: %s", summary(Path(made.shards)))
         return made
 
     @torch.inference_mode()

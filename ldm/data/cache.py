@@ -8,7 +8,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from ldm.data.fetch import Fetcher, Sample, as_images
-from ldm.data.latents import FACTS, MOMENTS, RECORD, LatentRecord, LatentSource, pack, read_record, write_record
+from ldm.data.latents import FACTS, MOMENTS, RECORD, LatentRecord, LatentSource, pack, write_record
 from ldm.data.picture import BadSample
 from ldm.data.selection import Selection
 from ldm.data.shard_source import ShardSource
@@ -142,7 +142,7 @@ def write_latents(
     if (out / RECORD).is_file() and _is_finished(out, record):
         return finished
     out.mkdir(parents=True, exist_ok=True)
-    if not (out / RECORD).exists():
+    if work.rank == 0 and not (out / RECORD).exists():
         write_record(out, record, None)
     manifest = source.manifest()
     paths = [out / f"{number:06d}.tar" for number in range(len(manifest.paths))]
@@ -152,13 +152,18 @@ def write_latents(
     if own:
         fetcher = source.fetcher(manifest, record.sizes, record.seed, decode=record.decode, chosen=chosen)
         made = _write_shards(fetcher, own, paths, record, encoders, work, progress)
-    _wait(out, paths, work)
     if work.rank == 0:
+        _wait(lambda: all(path.exists() for path in paths))
         seconds = round(time.monotonic() - started, 1)
         write_record(out, record, _counts(out, paths, made, seconds))
-    while not _is_finished(out, record):
-        time.sleep(POLL_s)
+    _wait(lambda: (out / RECORD).exists() and _is_finished(out, record))
     return finished
+
+
+def _wait(ready: Callable[[], bool]) -> None:
+    """For the other processes; each ends with the launch that started it."""
+    while not ready():
+        time.sleep(POLL_s)
 
 
 def _is_finished(out: Path, record: LatentRecord) -> bool:
@@ -169,11 +174,11 @@ def _is_finished(out: Path, record: LatentRecord) -> bool:
             f"{out} holds latents of the first stage {facts.get('first_stage')}, this one is {record.first_stage}: "
             "give another folder, or delete that one"
         )
-    if not facts.get("finished"):
-        return False
-    if read_record(out) != record:
-        raise UserError(f"{out} holds other latents ({read_record(out)}, wanted {record}): give another folder")
-    return True
+    wanted: dict[str, Any] = json.loads(json.dumps(asdict(record)))
+    if other := [name for name in wanted if facts.get(name) != wanted[name]]:
+        told = ", ".join(f"{name} {facts.get(name)}, wanted {wanted[name]}" for name in other)
+        raise UserError(f"{out} holds other latents ({told}): give another folder")
+    return bool(facts.get("finished"))
 
 
 def _write_shards(
@@ -253,12 +258,6 @@ def _members(chunk: _Chunk, number: int, arrays: dict[str, Any]) -> dict[str, by
     }
     text = {"txt": parts["txt"]} if "txt" in parts else {}
     return {LATENTS: pack(arrays), **text, "json": json.dumps(facts).encode()}
-
-
-def _wait(out: Path, paths: Sequence[Path], work: Work) -> None:
-    """Until every shard is there; each process ends with the launch that started it."""
-    while work.rank == 0 and not all(path.exists() for path in paths):
-        time.sleep(POLL_s)
 
 
 def _counts(out: Path, paths: Sequence[Path], made: int, seconds: float) -> dict[str, Any]:

@@ -135,9 +135,9 @@ class Fetcher:
             pixels, left = pixels[:, ::-1], spare[1] - left  # the same crop of the mirrored picture
         return Sample(pixels, caption, index, original, (top, left))
 
-    def pictures(self, samples: Sequence[Sample]) -> dict[str, Tensor]:
-        """The pictures as tensors of a Batch, by field."""
-        return {"images": as_images(np.stack([sample.pixels for sample in samples]))}
+    def picture(self, sample: Sample) -> dict[str, NDArray[Any]]:
+        """What a sample adds to the pictures of a Batch, by field."""
+        return {"images": sample.image.numpy()}
 
     def good(
         self,

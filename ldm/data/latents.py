@@ -13,12 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from safetensors.numpy import save
-from torch import Tensor
 
-from ldm.data.caption_choice import CaptionChoice
+from ldm.data.caption_choice import CaptionChoice, Read
 from ldm.data.fetch import Fetcher, Sample, View
 from ldm.data.index import Manifest, load_manifest
 from ldm.data.picture import BadSample
@@ -34,6 +32,7 @@ FACTS = "latents"  # what the JSON part of a sample says of its variants
 KIND = PICTURE_KINDS.index(LATENTS)
 
 MOMENTS = "moments"
+BETWEEN_bytes = 1 << 13  # of headers and padding, at most, among members that are read in one go
 KINDS: dict[str, type[np.generic]] = {"F16": np.float16, "F32": np.float32, "BOOL": np.bool_}
 
 
@@ -103,9 +102,18 @@ def read_record(folder: Path) -> LatentRecord:
 
 
 def write_record(folder: Path, record: LatentRecord, finished: Mapping[str, Any] | None) -> None:
-    """Writes the record; `finished` are the counts of a complete cache, None where it is still being made."""
+    """Writes the record, at once; `finished` are the counts of a complete cache, None where it is still being made."""
     facts = {"format": FORMAT, **asdict(record), "finished": finished is not None, **(finished or {})}
-    (folder / RECORD).write_text(json.dumps(facts, indent=1))
+    unfinished = folder / f".{RECORD}.unfinished"
+    unfinished.write_text(json.dumps(facts, indent=1))
+    unfinished.replace(folder / RECORD)
+
+
+def summary(folder: Path) -> str:
+    """A line about a finished cache: where it is, how many samples it has, what one takes, how fast it was made."""
+    facts: dict[str, Any] = json.loads((folder / RECORD).read_text())
+    told = f"{folder}: {facts['samples']} samples of {facts['bytes_per_sample']} bytes, {facts['left_out']} left out"
+    return f"{told}; {facts['pictures_per_second']} pictures/s in the first of its processes"
 
 
 @dataclass(frozen=True)
@@ -185,9 +193,10 @@ class LatentFetcher(Fetcher):
         if columns.image_kind[index] != KIND:
             raise BadSample("no latents")
         size = size or self.view.size
-        caption = self.caption(index, epoch)
-        arrays = unpack(self._read(index, int(columns.image_offset[index]), int(columns.image_size[index])))
-        facts = json.loads(self._read(index, int(columns.json_offset[index]), int(columns.json_size[index])))[FACTS]
+        read = self._at_once(index)
+        caption = self.captions(columns, read, index, self.seed, epoch)
+        arrays = unpack(read(index, int(columns.image_offset[index]), int(columns.image_size[index])))
+        facts = json.loads(read(index, int(columns.json_offset[index]), int(columns.json_size[index])))[FACTS]
         variant = key(self.seed, "variant", epoch, index) % self.record.variants if self.record.variants > 1 else 0
         moments = arrays.pop(MOMENTS)[variant]
         if tuple(facts["size"]) != size:
@@ -199,10 +208,25 @@ class LatentFetcher(Fetcher):
         original, crop = tuple(facts["original_size"]), tuple(facts["crops"][variant])
         return Sample(np.empty((*size, 0), np.uint8), caption, index, original, crop, moments, texts)
 
-    def pictures(self, samples: Sequence[Sample]) -> dict[str, Tensor]:
-        """`moments` [B, 2, C, h, w], and `images` without channels."""
-        moments = torch.from_numpy(np.stack([sample.moments for sample in samples if sample.moments is not None]))
-        return {"images": torch.empty(len(samples), 0, *samples[0].pixels.shape[:2]), "moments": moments}
+    def picture(self, sample: Sample) -> dict[str, NDArray[Any]]:
+        """`moments` [2, C, h, w], and `images` without channels."""
+        assert sample.moments is not None
+        return {"images": np.empty((0, *sample.pixels.shape[:2]), np.float32), "moments": sample.moments}
+
+    def _at_once(self, index: int) -> Read:
+        """What reads a sample's parts, of bytes that were read in one go where its members lie side by side."""
+        columns = self.manifest
+        places = [
+            (int(columns.image_offset[index]), int(columns.image_size[index])),
+            (int(columns.text_offset[index]), int(columns.text_size[index])),
+            (int(columns.json_offset[index]), int(columns.json_size[index])),
+        ]
+        there = [(offset, size) for offset, size in places if size >= 0]
+        start, stop = min(offset for offset, _ in there), max(offset + size for offset, size in there)
+        if stop - start > sum(size for _, size in there) + BETWEEN_bytes:
+            return self._read
+        data = self._read(index, start, stop - start)
+        return lambda _, offset, size: data[offset - start : offset - start + size]
 
     def _texts(self, arrays: dict[str, NDArray[Any]], facts: dict[str, Any], caption: str) -> dict[str, NDArray[Any]]:
         """What the text encoders made of the caption, by name; there is one row for each caption of the sample."""

@@ -4,11 +4,11 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 from torch.utils.data.distributed import DistributedSampler
@@ -20,12 +20,19 @@ from ldm.randomness import key, keys
 
 AHEAD = 2  # batches that threads decode before they are asked for
 
+Visit = tuple[int, int, int, tuple[int, int] | None, range]
+"""Source, place, epoch, (height, width) where there are several, and the places of the same source and bucket."""
+
 
 class Fetched(NamedTuple):
-    """A sample, its pictures as a batch of one by the batch's field, and (number, reason) of each it stands for."""
+    """A sample, what it adds to the pictures of its batch, and (number, reason) of each that it stands for.
+
+    Numbers count through the manifests of all sources, one after the other.
+    """
 
     sample: Sample
-    pictures: dict[str, Tensor]
+    number: int
+    pictures: dict[str, NDArray[Any]]
     bad: Sequence[tuple[int, str]]
 
 
@@ -33,9 +40,9 @@ def make_batch(found: Sequence[Fetched], keys: Tensor, step: int, positions: Seq
     """The batch of B samples that were fetched."""
     samples = [entry.sample for entry in found]
     return Batch(
-        **{name: torch.cat([entry.pictures[name] for entry in found]) for name in found[0].pictures},
+        **{name: torch.from_numpy(np.stack([entry.pictures[name] for entry in found])) for name in found[0].pictures},
         fields={"caption": [sample.caption for sample in samples], **_texts(samples)},
-        samples=torch.tensor([sample.index for sample in samples], dtype=torch.int64),
+        samples=torch.tensor([entry.number for entry in found], dtype=torch.int64),
         keys=keys,
         step=step,
         original_size=torch.tensor([sample.original_size for sample in samples], dtype=torch.int64),
@@ -54,11 +61,7 @@ class Threads:
         self._pool: tuple[int, ThreadPoolExecutor] | None = None
 
     def begin(self, function: Callable[..., Fetched], *arguments: Any) -> "Future[Fetched]":
-        """Lets a thread do it; without threads it is done now."""
-        if not self.count:
-            done: Future[Fetched] = Future()
-            done.set_result(function(*arguments))
-            return done
+        """Lets a thread do it."""
         if self._pool is None or self._pool[0] != os.getpid():
             self._pool = os.getpid(), ThreadPoolExecutor(self.count, "decode")
         return self._pool[1].submit(function, *arguments)
@@ -101,44 +104,52 @@ class TrainBatches(Dataset[Batch]):
         self.threads = Threads(threads)
         micro = micro_batch(plan.global_batch, world, accumulation)
         self.positions = plan.rank_slice(rank, world, micro, accumulation)  # [accumulation, micro]
-        self._first = np.cumsum(plan.samples.sum(1)) - plan.samples.sum(1)  # place of each source's first sample
+        counts = plan.samples.sum(1)
+        self._first = np.cumsum(counts) - counts  # place of each source's first sample
+        self._before = np.cumsum([0, *(len(each.manifest) for each in self.fetchers)]).tolist()
         self._begun: dict[int, list[Future[Fetched]]] = {}
 
     def __len__(self) -> int:
         return self.total_steps * len(self.positions)
 
     def __getitem__(self, micro_step: int) -> Batch:
-        worker = get_worker_info()
-        stride = worker.num_workers if worker else 1
-        wanted = range(micro_step, len(self), stride)[: AHEAD + 1 if self.threads.count else 1]
-        for stale in self._begun.keys() - set(wanted):
-            for future in self._begun.pop(stale):
-                future.cancel()
-        for item in wanted:
-            if item not in self._begun:
-                self._begun[item] = self._begin(item)
-        found = [future.result() for future in self._begun.pop(micro_step)]
+        if self.threads.count:
+            found = [future.result() for future in self._ahead(micro_step)]
+        else:
+            found = [self._fetch(*visit) for visit in self._visits(micro_step)]
         step, part = divmod(micro_step, len(self.positions))
         positions = self.positions[part]
         addresses = keys(self.plan.seed, "train", step, count=len(positions), start=int(positions[0]))
         return make_batch(found, addresses, step, positions.tolist(), self.plan.global_batch)
 
-    def _begin(self, micro_step: int) -> "list[Future[Fetched]]":
+    def _ahead(self, micro_step: int) -> "list[Future[Fetched]]":
+        """The samples of a micro-step from the threads, which begin with those of the next ones."""
+        worker = get_worker_info()
+        wanted = range(micro_step, len(self), worker.num_workers if worker else 1)[: AHEAD + 1]
+        for stale in self._begun.keys() - set(wanted):
+            for future in self._begun.pop(stale):
+                future.cancel()
+        for item in wanted:
+            if item not in self._begun:
+                self._begun[item] = [self.threads.begin(self._fetch, *visit) for visit in self._visits(item)]
+        return self._begun.pop(micro_step)
+
+    def _visits(self, micro_step: int) -> "list[Visit]":
         step, part = divmod(micro_step, len(self.positions))
         places, epochs = self.plan.at(step, self.positions[part])
-        size = self.sizes[self.plan.bucket(step)] if self.sizes else None
-        pairs = zip(places.tolist(), epochs.tolist(), strict=True)
-        return [self.threads.begin(self._fetch, place, epoch, size) for place, epoch in pairs]
+        bucket = self.plan.bucket(step)
+        size = self.sizes[bucket] if self.sizes else None
+        lanes = [self.plan.lane(source, bucket) for source in range(len(self.fetchers))]
+        sources = np.searchsorted(self._first, places, side="right") - 1
+        triples = zip(sources.tolist(), places.tolist(), epochs.tolist(), strict=True)
+        return [(source, place, epoch, size, lanes[source]) for source, place, epoch in triples]
 
-    def _fetch(self, place: int, epoch: int, size: tuple[int, int] | None) -> Fetched:
-        source = int(np.searchsorted(self._first, place, side="right")) - 1
-        first, fetcher = int(self._first[source]), self.fetchers[source]
-        same = self.plan.neighbours(place)
-        index = fetcher.chosen[place - first]
-        sample, bad = fetcher.good(index, epoch, size, range(same.start - first, same.stop - first))
-        before = sum(len(other.manifest) for other in self.fetchers[:source])
-        numbered = replace(sample, index=sample.index + before)
-        return Fetched(numbered, fetcher.pictures([sample]), [(number + before, reason) for number, reason in bad])
+    def _fetch(self, source: int, place: int, epoch: int, size: tuple[int, int] | None, lane: range) -> Fetched:
+        first, fetcher, before = int(self._first[source]), self.fetchers[source], self._before[source]
+        same = range(lane.start - first, lane.stop - first)
+        sample, bad = fetcher.good(fetcher.chosen[place - first], epoch, size, same)
+        told = [(number + before, reason) for number, reason in bad]
+        return Fetched(sample, sample.index + before, fetcher.picture(sample), told)
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_begun": {}}
@@ -165,7 +176,7 @@ class ValBatches(Dataset[Batch]):
         places = list(self.indices[number * self.batch : (number + 1) * self.batch])
         addresses = torch.tensor([key("val", place) for place in places], dtype=torch.int64)
         found = [self.fetcher.good(self.fetcher.chosen[place]) for place in places]
-        fetched = [Fetched(sample, self.fetcher.pictures([sample]), bad) for sample, bad in found]
+        fetched = [Fetched(sample, sample.index, self.fetcher.picture(sample), bad) for sample, bad in found]
         return make_batch(fetched, addresses, number, places, self.samples)
 
 

@@ -156,11 +156,10 @@ class Plan:
         """The bucket that all of a global step's samples are of."""
         return int(self.turns.at(np.array([step], dtype=np.int64))[0][0])
 
-    def neighbours(self, index: int) -> range:
-        """The indices of the samples of the same source and bucket, among them this one."""
-        lane = int(np.searchsorted(self._starts, index, side="right")) - 1
-        start = int(self._starts[lane])
-        return range(start, start + int(self.samples.ravel()[lane]))
+    def lane(self, source: int, bucket: int) -> range:
+        """The indices of a source's samples in a bucket."""
+        start = int(self._starts[source * self.samples.shape[1] + bucket])
+        return range(start, start + int(self.samples[source, bucket]))
 
     def rank_slice(self, rank: int, world: int, micro: int, accumulation: int = 1) -> Ints:
         """Positions [accumulation, micro] of the global batch that a rank takes, the same in every step.

@@ -9,6 +9,7 @@ import hashlib
 import os
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
@@ -65,19 +66,21 @@ class Transient(Exception):
 def persistently(url: str, attempt: Callable[[float], Result], remote: Remote) -> Result:
     """What `attempt(seconds that it may take)` returns, tried again where it raises Transient.
 
-    Raises UserError at the deadline, with the URL, what happened last and how often it was tried.
+    Raises UserError at the deadline, with the URL, what happened (the last try may have had a moment only, so what
+    happened most often comes first) and how often it was tried.
     """
-    started, delay, tries = time.monotonic(), FIRST_delay_s, 0
+    started, delay, failures = time.monotonic(), FIRST_delay_s, Counter[str]()
     while True:
-        tries += 1
         try:
             return attempt(max(0.001, started + remote.deadline_s - time.monotonic()))
         except Transient as error:
+            failures[str(error)] += 1
             wait = max(delay, error.delay_s)
             spent = time.monotonic() - started
             if spent + wait > remote.deadline_s:
+                told = ", ".join(what for what, _ in failures.most_common(3))
                 raise UserError(
-                    f"{url} could not be read: {error} ({tries} tries in {spent:.0f} s, the deadline is "
+                    f"{url} could not be read: {told} ({failures.total()} tries in {spent:.0f} s, the deadline is "
                     f"{remote.deadline_s:g} s); look at the server, or allow more with deadline_s, and resume"
                 ) from error
             time.sleep(wait)

@@ -133,15 +133,10 @@ def test_shares_sum_up_in_closed_form_and_spread_over_positions() -> None:
     assert np.abs((by_position == 1).mean(0) - 0.6).max() < 0.05
 
 
-def test_neighbours_are_of_the_same_source_and_bucket() -> None:
+def test_lanes_are_a_sources_samples_of_a_bucket() -> None:
     plan = Plan([[3, 4], [5, 6]], 1, 0)
-    assert [plan.neighbours(i) for i in (0, 2, 3, 7, 17)] == [
-        range(0, 3),
-        range(0, 3),
-        range(3, 7),
-        range(7, 12),
-        range(12, 18),
-    ]
+    lanes = [plan.lane(source, bucket) for source in range(2) for bucket in range(2)]
+    assert lanes == [range(0, 3), range(3, 7), range(7, 12), range(12, 18)]
 
 
 @pytest.mark.parametrize(("window", "classes"), [(6400, 10), (None, 30), (3333, 8)])

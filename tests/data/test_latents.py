@@ -14,7 +14,7 @@ from torch import Tensor
 from ldm.data.buckets import Sizes
 from ldm.data.cache import Encoders, Work, write_latents
 from ldm.data.datamodule import ShardDataModule
-from ldm.data.latents import LatentRecord, LatentSource, read_record, unpack
+from ldm.data.latents import LatentRecord, LatentSource, read_record, summary, unpack
 from ldm.data.shard_source import ShardSource
 from ldm.data.shards import write_shard
 from ldm.errors import UserError
@@ -59,6 +59,10 @@ def test_latents_stand_in_the_pictures_place_with_their_text_and_json(tmp_path: 
     facts = json.loads((tmp_path / "latents" / "latents.json").read_text())
     assert (facts["samples"], facts["left_out"], facts["finished"]) == (25, 0, True)
     assert facts["bytes"] == sum(path.stat().st_size for path in (tmp_path / "latents").glob("*.tar"))
+    each = facts["bytes"] / 25
+    assert f"25 samples of {each:.0f} bytes, 0 left out; {facts['pictures_per_second']}" in summary(
+        tmp_path / "latents"
+    )
 
 
 def test_webdataset_reads_them(tmp_path: Path) -> None:
@@ -137,6 +141,10 @@ def test_other_sizes_and_folders_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"16x16, none of 32x32"):
         cached.fetcher(cached.manifest(), [(32, 32)], 0)
     with pytest.raises(UserError, match="other latents"):
+        write_latents(source, record(source, size=32), Encoders(encode), tmp_path / "latents", Work())
+    facts = json.loads((tmp_path / "latents" / "latents.json").read_text())
+    (tmp_path / "latents" / "latents.json").write_text(json.dumps(facts | {"finished": False}))
+    with pytest.raises(UserError, match=r"other latents \(sizes \[\[16, 16\]\], wanted \[\[32, 32\]\]\)"):
         write_latents(source, record(source, size=32), Encoders(encode), tmp_path / "latents", Work())
     with pytest.raises(UserError, match="no cached latents"):
         LatentSource(str(tmp_path / "pictures")).manifest()

@@ -60,7 +60,7 @@ def test_what_does_not_pass_by_stops_at_the_deadline(tmp_path: Path, kind: str) 
     words = {"reset": "Connection", "stall": "imed out", "short": "broke", "less": "in place of 10240"}
     told = words.get(kind, f"status {kind}")
     with serving(tmp_path, lambda number: kind if number >= 1 else None) as served:
-        shard = open_shard(f"{served.url}/00000.tar", Remote(deadline_s=0.5, timeout_s=0.2))
+        shard = open_shard(f"{served.url}/00000.tar", Remote(deadline_s=1, timeout_s=0.2))
         with pytest.raises(UserError, match=rf"00000.tar could not be read: .*{told}.* \(\d+ tries in .*deadline"):
             shard.read(0, 1000)
     assert len(served.asked) >= 3
