@@ -6,10 +6,12 @@ from itertools import pairwise
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ldm.errors import UserError
 from ldm.networks.blocks import zero_
 from ldm.networks.unet import UNet
 
 HINT_widths = (16, 16, 32, 32, 96, 96, 256)  # of the convolutions over the picture; those that widen halve it as well
+HINT_factor = 8
 
 
 class ControlNet(nn.Module):
@@ -49,8 +51,12 @@ class ControlNet(nn.Module):
     ) -> list[Tensor]:
         """The feature maps [B, C_i, h_i, w_i], finest first, the middle's last.
 
-        hint [B, hint_channels, 8 h, 8 w] in [0, 1]; the others as in `UNet.forward`.
+        hint [B, hint_channels, 8 h, 8 w] in [0, 1]; the others as in `UNet.forward`. Raises UserError
+        for a hint of another size.
         """
+        wanted = (len(x), self.hint[0].in_channels, HINT_factor * x.shape[2], HINT_factor * x.shape[3])
+        if hint.shape != wanted:
+            raise UserError(f"a hint of shape {list(hint.shape)} for latents {list(x.shape)}: expected {list(wanted)}")
         for conv in self.hint[:-1]:
             hint = F.silu(conv(hint))
         skips, middle, _ = self.trunk.encode(x, t, tokens, mask, vector, concat, self.hint[-1](hint))

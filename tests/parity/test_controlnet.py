@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from ldm.errors import UserError
 from ldm.interop.names import unet_to_diffusers
 from ldm.networks.controlnet import ControlNet
 from ldm.networks.unet import UNet
@@ -91,4 +92,6 @@ def test_it_begins_without_a_say() -> None:
     assert [tuple(part.shape[1:]) for part in added] == [(16, 8, 8)] * 2 + [(16, 4, 4)] + [(32, 4, 4)] * 2
     assert not any(part.any() for part in added)
     assert torch.equal(unet(x, t, tokens, control=added), unet(x, t, tokens))
+    with pytest.raises(UserError, match=r"hint of shape \[2, 3, 32, 32\] .* expected \[2, 3, 64, 64\]"):
+        net(x, t, torch.rand(2, 3, 32, 32), tokens)
     assert "trunk.up.0.blocks.0.res.conv_1.weight" not in net.state_dict()
