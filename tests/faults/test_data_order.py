@@ -286,7 +286,7 @@ def test_twenty_thousand_samples_grow_no_memory_and_keep_few_files_open(tmp_path
     for step in range(20, 200):
         batches[step]
     assert resident_bytes() - before < 50 << 20
-    assert len(os.listdir("/proc/self/fd")) - files <= 64  # of the 100 shards, as many as are kept open
+    assert len(os.listdir("/proc/self/fd")) - files <= 64 + 20  # some shards, and the columns of the index
 
 
 @pytest.mark.parametrize(
