@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.conditioning import Compose, MaskedImage
-from ldm.conditioning.condition import Condition
+from ldm.conditioning.condition import Condition, Widths
 from ldm.conditioning.text import Conditioner
 from ldm.data.batch import Batch
 from ldm.diffusion.criterion import L2
@@ -44,6 +44,9 @@ SETTINGS = SamplingSettings(DDIM(), Trailing(), ClassifierFree(2.0), steps=4)
 
 class Lengths(Conditioner):
     """Two tokens of the caption's length."""
+
+    def widths(self, latent_channels: int) -> Widths:
+        return Widths(tokens=8)
 
     def forward(self, fields: object, keys: Tensor | None = None) -> Condition:
         lengths = torch.tensor([float(len(text)) for text in fields["caption"]])

@@ -1,5 +1,6 @@
 """Training goes on from weights of every format; parts that do not fit together are refused with the reason."""
 
+import re
 from pathlib import Path
 from typing import Any, cast
 
@@ -106,6 +107,22 @@ def test_other_latent_channels_are_refused(run: Path, tiny_shapes: Path, tmp_pat
         model_of(tiny_shapes, run, tmp_path, "network.in_channels=9", f"first_stage_from={run}/first_stage")
     causes = [caught.value, caught.value.__cause__]
     assert any(isinstance(cause, UserError) and match in str(cause) for cause in causes)
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("network.context_dim=24", r"gives tokens of \d+ numbers, the network has context_dim=24"),
+        ("network.vector_dim=16", "gives no vector, the network has vector_dim=16. Give network.vector_dim=null"),
+    ],
+)
+def test_a_text_encoder_that_does_not_fit_the_network_is_refused(
+    run: Path, tiny_shapes: Path, tmp_path: Path, override: str, told: str
+) -> None:
+    with pytest.raises(Exception) as caught:
+        model_of(tiny_shapes, run, tmp_path, override, f"first_stage_from={run}/first_stage")
+    causes = [caught.value, caught.value.__cause__]
+    assert any(isinstance(cause, UserError) and re.search(told, str(cause)) for cause in causes)
 
 
 def test_a_first_stage_of_other_channels_than_a_network_was_trained_on_is_refused() -> None:
