@@ -17,7 +17,7 @@ HYDRA_KEYS = {"_target_", "_partial_", "_args_", "_recursive_", "_convert_"}
 def build(node: DictConfig, path: str = "") -> Any:
     """The object that a configuration describes; its knobs are checked first."""
     check(node, path)
-    return instantiate(node)
+    return instantiate(node, _convert_="all")
 
 
 def check(node: Any, path: str = "") -> None:

@@ -24,16 +24,19 @@ from ldm.config.processes import launched
 from ldm.config.sources import load_first_stage
 from ldm.config.stages import stage_config
 from ldm.data.cache import Encoders, Work, write_latents
-from ldm.data.datamodule import ShardDataModule, ShardSource, Source
-from ldm.data.fetch import View
-from ldm.data.latents import LatentRecord
+from ldm.data.datamodule import ShardDataModule
+from ldm.data.latents import LatentRecord, summary
+from ldm.data.selection import Selection
+from ldm.data.shard_source import ShardSource, Source
 from ldm.data.shards import expand
+from ldm.data.stream import StreamDataModule
 from ldm.errors import UserError
 from ldm.first_stage.autoencoder import FirstStage
 from ldm.latent_diffusion import LatentDiffusion
 
 log = logging.getLogger(__name__)
 
+VAL = "val"
 BATCH_pixels = {"cuda": 1 << 23, "cpu": 1 << 19}
 """Pixels that are encoded at once."""
 
@@ -49,9 +52,11 @@ def use_latents(config: DictConfig, datamodule: ShardDataModule, model: LatentDi
     device = pick_device("auto")
     device = torch.device("cuda", local) if device.type == "cuda" else device
     latents = _Latents(config, model.first_stage, model.conditioner, device)
-    datamodule.train = latents.of(datamodule.train, rank, world)
-    if datamodule.val is not None:
-        datamodule.val = latents.of(datamodule.val, rank, world)
+    for name, source in latents.of_all(datamodule, rank, world).items():
+        if name == VAL:
+            datamodule.val = source
+        else:
+            datamodule.sources[name] = source
 
 
 class _Latents:
@@ -68,24 +73,43 @@ class _Latents:
             raise UserError("latent_text=true: this conditioner has no frozen text encoder; give latent_text=false")
         self.device = device
 
-    def of(self, source: Source, rank: int, world: int) -> Source:
-        """The cached latents of a source of pictures; another source as it is."""
+    def of_all(self, datamodule: ShardDataModule, rank: int, world: int) -> dict[str, Source]:
+        """The cached latents of all sources by name, VAL among them; sources that are no pictures as they are."""
+        if isinstance(datamodule, StreamDataModule):
+            raise UserError("latents: a stream's pictures are not found again; index the shards, or give latents=null")
+        sources = datamodule.sources
+        sizes, chosen = datamodule.select([source.manifest() for source in sources.values()])
+        found = {
+            name: self.of(source, sizes, selection, rank, world)
+            for (name, source), selection in zip(sources.items(), chosen, strict=True)
+        }
+        if datamodule.val is not None:
+            found[VAL] = self.of(datamodule.val, *datamodule.select_val(datamodule.val.manifest()), rank, world)
+        return found
+
+    def of(self, source: Source, sizes: Sequence[tuple[int, int]], chosen: Selection, rank: int, world: int) -> Source:
+        """The cached latents of the chosen samples of a source of pictures; another source as it is."""
         if not isinstance(source, ShardSource):
             return source
-        height, width = View.of(self.config.data.size).size
-        self.first_stage.check_size(height, width)
+        for size in sizes:
+            self.first_stage.check_size(*size)
         drawn = source.random_crop or source.flip
+        captions = [name for name, weight in (source.captions or {}).items() if weight > 0] if self.encoders else []
         record = LatentRecord(
             self.fingerprint,
             source.manifest().fingerprint,
-            (height, width),
+            tuple(sizes),
+            source.where,
+            self.config.data.decode,
             self.config.latent_variants if drawn else 1,
             source.random_crop,
             source.flip,
-            self.config.seed,
+            self.config.seed if drawn else 0,  # nothing else is drawn from it
             tuple(sorted(self.encoders)),
+            tuple(sorted(captions)),
         )
-        batch = max(1, BATCH_pixels[self.device.type] // (height * width * record.variants))
+        pixels = max(height * width for height, width in sizes)
+        batch = max(1, BATCH_pixels[self.device.type] // (pixels * record.variants))
         work = Work(rank, world, batch, self.config.data.workers, self.config.data.max_bad)
         folder = _beside(source) if self.config.latents == "auto" else Path(self.config.latents)
         parts: list[torch.nn.Module] = [self.first_stage, *self.encoders.values()]
@@ -93,10 +117,10 @@ class _Latents:
         for part in parts:
             part.to(self.device)
         encoders = Encoders(self._images, self._texts if self.encoders else None)
-        made = write_latents(source, record, encoders, folder / record.name, work, progress=rank == 0)
+        made = write_latents(source, record, encoders, folder / record.name, work, chosen, progress=rank == 0)
         for part, device in zip(parts, before, strict=True):
             part.to(device)
-        log.info("latents: %s", made.shards)
+        log.info("latents: %s", summary(Path(made.shards)))
         return made
 
     @torch.inference_mode()
@@ -183,6 +207,4 @@ def _share(overrides: list[str], device: str, rank: int, world: int) -> None:
             raise UserError("latents: not given; give latents=auto (beside the shards) or latents=FOLDER")
         conditioner = cast(Conditioner, build(config.conditioner, "conditioner")) if config.latent_text else None
         latents = _Latents(config, load_first_stage(config), conditioner, pick_device(device))
-        for name in ("train", "val"):
-            if config.data.get(name) is not None:
-                latents.of(cast(Source, build(config.data[name])), rank, world)
+        latents.of_all(cast(ShardDataModule, build(config.data, "data")), rank, world)

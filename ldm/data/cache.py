@@ -8,21 +8,24 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from importlib import import_module
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from ldm.data.datamodule import ShardSource
 from ldm.data.fetch import Fetcher, Sample, as_images
-from ldm.data.latents import FACTS, MOMENTS, RECORD, LatentRecord, LatentSource, pack, read_record, write_record
+from ldm.data.latents import FACTS, MOMENTS, RECORD, LatentRecord, LatentSource, pack, write_record
 from ldm.data.picture import BadSample
+from ldm.data.selection import Selection
+from ldm.data.shard_source import ShardSource
 from ldm.data.shards import write_shard
 from ldm.data.tar import LATENTS
 from ldm.errors import UserError
@@ -55,46 +58,61 @@ class Work:
 
 @dataclass
 class _Chunk:
-    """Consecutive samples of a shard: their keys, parts and pictures; `bad` are those left out."""
+    """Samples of a shard, of one size: their keys, parts and pictures; `bad` are those left out."""
 
-    shard: int
+    size: tuple[int, int]
     last: bool
     keys: list[str] = field(default_factory=list)
     parts: list[dict[str, bytes]] = field(default_factory=list)
     variants: list[list[Sample]] = field(default_factory=list)
     captions: list[list[str]] = field(default_factory=list)
+    indexed: list[tuple[int, int]] = field(default_factory=list)  # (width, height), what buckets are chosen by
     bad: list[tuple[str, str]] = field(default_factory=list)
 
 
 class _Chunks(Dataset[_Chunk]):
-    """The samples of some shards in their order, decoded, in chunks that do not cross shards."""
+    """The chosen samples of some shards, size by size, decoded, in chunks that do not cross shards."""
 
-    def __init__(self, fetcher: Fetcher, shards: Sequence[int], batch: int, variants: int) -> None:
+    def __init__(self, fetcher: Fetcher, shards: Sequence[int], batch: int, record: LatentRecord) -> None:
         self.fetcher = fetcher
-        self.variants = variants
-        self.chunks: list[tuple[int, range, bool]] = []
+        self.record = record
+        self.chunks: list[tuple[NDArray[np.int64], tuple[int, int], bool]] = []
         for shard in shards:
-            first, end = np.searchsorted(fetcher.manifest.shard, [shard, shard + 1]).tolist()
-            starts = range(first, max(end, first + 1), batch)  # an empty shard has one empty chunk
-            self.chunks += [(shard, range(i, min(i + batch, end)), i == starts[-1]) for i in starts]
+            numbers, buckets = fetcher.chosen.within(
+                *np.searchsorted(fetcher.manifest.shard, [shard, shard + 1]).tolist()
+            )
+            cuts = {0, len(numbers), *(np.flatnonzero(np.diff(buckets)) + 1).tolist()}
+            for first, stop in pairwise(sorted(cuts)):
+                size = record.sizes[buckets[first]]
+                self.chunks += [(numbers[i : min(i + batch, stop)], size, False) for i in range(first, stop, batch)]
+            if not len(numbers):  # an empty shard has one empty chunk
+                self.chunks.append((numbers, record.sizes[0], True))
+            self.chunks[-1] = (*self.chunks[-1][:2], True)
+
+    @property
+    def samples(self) -> int:
+        return sum(len(indices) for indices, _, _ in self.chunks)
 
     def __len__(self) -> int:
         return len(self.chunks)
 
     def __getitem__(self, number: int) -> _Chunk:
-        shard, indices, last = self.chunks[number]
-        chunk = _Chunk(shard, last)
-        for index in indices:
-            key = self.fetcher.manifest.key(index)
+        indices, size, last = self.chunks[number]
+        chunk = _Chunk(size, last)
+        for index in indices.tolist():
+            manifest = self.fetcher.manifest
+            key = manifest.key(index)
             try:
-                made = [self.fetcher(index, variant) for variant in range(self.variants)]
+                made = [self.fetcher(index, variant, size) for variant in range(self.record.variants)]
+                captions = self.fetcher.alternatives(index) if self.record.texts else []
             except BadSample as reason:
                 chunk.bad.append((key, str(reason)))
                 continue
             chunk.keys.append(key)
             chunk.parts.append(self.fetcher.parts(index))
             chunk.variants.append(made)
-            chunk.captions.append([made[0].caption])
+            chunk.captions.append(captions)
+            chunk.indexed.append((int(manifest.width[index]), int(manifest.height[index])))
         return chunk
 
 
@@ -107,18 +125,24 @@ class Encoders:
 
 
 def write_latents(
-    source: ShardSource, record: LatentRecord, encoders: Encoders, out: Path, work: Work, progress: bool = True
+    source: ShardSource,
+    record: LatentRecord,
+    encoders: Encoders,
+    out: Path,
+    work: Work,
+    chosen: Selection | None = None,
+    progress: bool = True,
 ) -> LatentSource:
     """Writes this process's share of the latents of `source` to the folder `out`, and waits for the others'.
 
-    What is there already is kept. Returns the source to train from. UserError where `out` holds another cache, or
-    too many pictures are bad.
+    `chosen` are the samples of each of the record's sizes; None: all, at the one size. What is there already is kept.
+    Returns the source to train from. UserError where `out` holds another cache, or too many pictures are bad.
     """
-    finished = LatentSource(str(out), source.require_caption)
+    finished = LatentSource(str(out), source.require_caption, captions=source.captions, weight=source.weight)
     if (out / RECORD).is_file() and _is_finished(out, record):
         return finished
     out.mkdir(parents=True, exist_ok=True)
-    if not (out / RECORD).exists():
+    if work.rank == 0 and not (out / RECORD).exists():
         write_record(out, record, None)
     manifest = source.manifest()
     paths = [out / f"{number:06d}.tar" for number in range(len(manifest.paths))]
@@ -126,15 +150,20 @@ def write_latents(
     started = time.monotonic()
     made = 0
     if own:
-        fetcher = source.fetcher(manifest, record.size, record.seed, 0)
+        fetcher = source.fetcher(manifest, record.sizes, record.seed, decode=record.decode, chosen=chosen)
         made = _write_shards(fetcher, own, paths, record, encoders, work, progress)
-    _wait(out, paths, work)
     if work.rank == 0:
+        _wait(lambda: all(path.exists() for path in paths))
         seconds = round(time.monotonic() - started, 1)
         write_record(out, record, _counts(out, paths, made, seconds))
-    while not _is_finished(out, record):
-        time.sleep(POLL_s)
+    _wait(lambda: (out / RECORD).exists() and _is_finished(out, record))
     return finished
+
+
+def _wait(ready: Callable[[], bool]) -> None:
+    """For the other processes; each ends with the launch that started it."""
+    while not ready():
+        time.sleep(POLL_s)
 
 
 def _is_finished(out: Path, record: LatentRecord) -> bool:
@@ -145,11 +174,11 @@ def _is_finished(out: Path, record: LatentRecord) -> bool:
             f"{out} holds latents of the first stage {facts.get('first_stage')}, this one is {record.first_stage}: "
             "give another folder, or delete that one"
         )
-    if not facts.get("finished"):
-        return False
-    if read_record(out) != record:
-        raise UserError(f"{out} holds other latents ({read_record(out)}, wanted {record}): give another folder")
-    return True
+    wanted: dict[str, Any] = json.loads(json.dumps(asdict(record)))
+    if other := [name for name in wanted if facts.get(name) != wanted[name]]:
+        told = ", ".join(f"{name} {facts.get(name)}, wanted {wanted[name]}" for name in other)
+        raise UserError(f"{out} holds other latents ({told}): give another folder")
+    return bool(facts.get("finished"))
 
 
 def _write_shards(
@@ -162,10 +191,9 @@ def _write_shards(
     progress: bool,
 ) -> int:
     """Writes the shards `own`; returns how many pictures were encoded."""
-    chunks = _Chunks(fetcher, own, work.batch, record.variants)
+    chunks = _Chunks(fetcher, own, work.batch, record)
     loader: DataLoader[Any] = DataLoader(chunks, batch_size=None, num_workers=work.workers)
-    total = sum(len(indices) for _, indices, _ in chunks.chunks)
-    bar: Any = tqdm(total=total, unit="picture", desc="latents", disable=not progress, mininterval=1.0)
+    bar: Any = tqdm(total=chunks.samples, unit="picture", desc="latents", disable=not progress, mininterval=1.0)
     left_out: list[tuple[str, str]] = []
     made = 0
     stream = iter(loader)
@@ -196,7 +224,7 @@ def _samples(
             texts = _encode_texts(chunk, encoders.texts)
             for i, key in enumerate(chunk.keys):
                 arrays = {MOMENTS: moments[i], **texts[i]}
-                yield key, _members(chunk.parts[i], chunk.variants[i], chunk.captions[i], arrays)
+                yield key, _members(chunk, i, arrays)
         bar.update(len(chunk.keys) + len(chunk.bad))
         if chunk.last:
             return
@@ -214,21 +242,22 @@ def _encode_texts(chunk: _Chunk, encode: EncodeTexts | None) -> list[dict[str, A
     return [{name: parts[name][i] for name in parts} for i in range(len(chunk.keys))]
 
 
-def _members(
-    parts: dict[str, bytes], variants: Sequence[Sample], captions: list[str], arrays: dict[str, Any]
-) -> dict[str, bytes]:
+def _members(chunk: _Chunk, number: int, arrays: dict[str, Any]) -> dict[str, bytes]:
     """The members of a sample by extension: latents, and the text and JSON that the picture had."""
+    parts, variants = chunk.parts[number], chunk.variants[number]
     facts = json.loads(parts["json"]) if "json" in parts else {}
     crops = [sample.crop for sample in variants]
-    facts[FACTS] = {"original_size": variants[0].original_size, "crops": crops, "captions": captions}
+    original = variants[0].original_size
+    width, height = chunk.indexed[number] if all(chunk.indexed[number]) else original[::-1]
+    facts |= {"width": width, "height": height}
+    facts[FACTS] = {
+        "size": chunk.size,
+        "original_size": original,
+        "crops": crops,
+        "captions": chunk.captions[number],
+    }
     text = {"txt": parts["txt"]} if "txt" in parts else {}
     return {LATENTS: pack(arrays), **text, "json": json.dumps(facts).encode()}
-
-
-def _wait(out: Path, paths: Sequence[Path], work: Work) -> None:
-    """Until every shard is there; each process ends with the launch that started it."""
-    while work.rank == 0 and not all(path.exists() for path in paths):
-        time.sleep(POLL_s)
 
 
 def _counts(out: Path, paths: Sequence[Path], made: int, seconds: float) -> dict[str, Any]:

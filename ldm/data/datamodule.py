@@ -4,77 +4,30 @@ One Lightning epoch is the whole run. The state is a few integers: the optimizer
 order of samples depends on.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import pytorch_lightning as pl
 
 from ldm.data.batch import Batch
+from ldm.data.buckets import Buckets
+from ldm.data.decode import decoder
 from ldm.data.fetch import Fetcher, View
-from ldm.data.index import Manifest, index_shards, load_manifest
+from ldm.data.filters import Filter
+from ldm.data.index import Manifest, index_shards
 from ldm.data.loader import StepLoader, TrainBatches, ValBatches
 from ldm.data.plan import Plan, micro_batch
 from ldm.data.quarantine import Quarantine
-from ldm.data.shards import Shards
+from ldm.data.record import write_record
+from ldm.data.selection import Asked, Selection, select
+from ldm.data.shard_source import Source
 from ldm.errors import UserError
 
 GiB = 1 << 30
 
-
-class Source(Protocol):
-    """Where samples come from: pictures, or latents that a first stage made of them beforehand."""
-
-    @property
-    def shards(self) -> Shards:
-        """The shards, as `expand` takes them."""
-
-    @property
-    def index(self) -> str | None:
-        """Folder for the manifest; None: `.index` beside the shards."""
-
-    @property
-    def first_stage(self) -> str | None:
-        """The fingerprint of the first stage that the latents were made by; None where they are pictures."""
-
-    def manifest(self) -> Manifest:
-        """The manifest. Raises UserError for missing, damaged or empty shards."""
-
-    def fetcher(self, manifest: Manifest, size: int | Sequence[int], seed: int, cache_bytes: int) -> Fetcher:
-        """What reads the samples of `manifest` at a size in pixels."""
-
-
-@dataclass(frozen=True)
-class ShardSource:
-    """A list of shards, and how its pictures are taken.
-
-    shards           a brace pattern, a folder or a list
-    random_crop      crop anywhere, not at the centre
-    flip             mirror half of the samples (captions that tell left from right become wrong)
-    require_caption  a sample without caption is bad; false gives it the empty caption (first stages)
-    allow_damaged    train on the whole samples of damaged shards
-    index            folder for the manifest; None: `.index` beside the shards
-    """
-
-    shards: Shards
-    random_crop: bool = False
-    flip: bool = False
-    require_caption: bool = True
-    allow_damaged: bool = False
-    index: str | None = None
-
-    def manifest(self) -> Manifest:
-        """The manifest. Raises UserError for missing, damaged or empty shards."""
-        return load_manifest(self.shards, self.allow_damaged, self.index)
-
-    @property
-    def first_stage(self) -> None:
-        """None: they are pictures."""
-        return None
-
-    def fetcher(self, manifest: Manifest, size: int | Sequence[int], seed: int, cache_bytes: int) -> Fetcher:
-        """Reads pictures that cover `size`; up to `cache_bytes` of them are kept decoded."""
-        return Fetcher(manifest, View.of(size, self.random_crop, self.flip), seed, self.require_caption, cache_bytes)
+log = logging.getLogger(__name__)
 
 
 class ShardDataModule(pl.LightningDataModule):
@@ -89,7 +42,13 @@ class ShardDataModule(pl.LightningDataModule):
     val_samples    validation uses the first so many samples (all, where there are fewer)
     val_batch      samples of a validation batch of one rank; None: as in training
     cache_gib      memory of each loader process for decoded pictures
-    max_bad        the run ends when more than this share of the samples is bad
+    max_bad        the run ends when more than this share of the samples is bad,
+    max_bad_of_shard   or of a shard's samples
+    buckets        aspect-ratio buckets to train in, about as large as `size`; None: all at `size`
+    mixed_with     further sources by name, mixed with `train` by their weights
+    decode         how JPEGs are decoded: exact, fast or lanczos, see ldm/data/decode.py
+    threads        of each loader process (or of the rank, where it has none) that decode; 0: the process itself
+    folder         where data.json tells what was used, and quarantine.jsonl what was bad; None: nowhere
 
     Training calls `advance(steps)` with the number of steps done after each optimizer step, before anything
     saves a checkpoint: that number is what the checkpoint keeps. (A module's own `on_train_batch_end` is too
@@ -111,45 +70,98 @@ class ShardDataModule(pl.LightningDataModule):
         val_batch: int | None = None,
         cache_gib: float = 0.0,
         max_bad: float = 0.01,
+        max_bad_of_shard: float = 0.05,
+        buckets: Buckets | None = None,
+        mixed_with: Mapping[str, Source] | None = None,
+        decode: str = "exact",
+        threads: int = 0,
+        folder: str | None = None,
     ) -> None:
         super().__init__()
         if total_steps < 1:
             raise UserError(f"total_steps must be at least 1, got {total_steps}")
-        self.train, self.val = train, val
+        decoder(decode)
         self.size = size
         self.global_batch, self.total_steps, self.seed = global_batch, total_steps, seed
         self.workers, self.accumulation, self.window = workers, accumulation, window
         self.val_samples, self.val_batch = val_samples, val_batch
         self.cache_bytes = int(cache_gib * GiB)
-        self.max_bad = max_bad
+        self.max_bad, self.max_bad_of_shard = max_bad, max_bad_of_shard
+        self.buckets, self.decode, self.threads = buckets, decode, threads
+        self.folder = Path(folder) if folder is not None else None
+        self.sources: dict[str, Source] = {"train": train, **(mixed_with or {})}
+        self.val = val
         self.steps_done = 0
         self._restored: dict[str, Any] = {}
 
+    @property
+    def sizes(self) -> list[tuple[int, int]]:
+        """The (height, width) that batches may have."""
+        size = View.of(self.size).size
+        return self.buckets.sizes(size) if self.buckets else [size]
+
     def prepare_data(self) -> None:
-        """Indexes the shards, in one process of each machine."""
-        for source in (self.train, self.val):
-            if source is not None:
-                index_shards(source.shards, source.index)
+        """Indexes the shards and selects the samples, in one process of each machine."""
+        for source in [*self.sources.values(), *([self.val] if self.val is not None else [])]:
+            index_shards(source.shards, source.index, remote=source.remote)
+        self.select([source.manifest() for source in self.sources.values()])
 
     def setup(self, stage: str | None = None) -> None:
-        """Opens the manifests and lays the plan."""
-        manifest = self.train.manifest()
-        self.train_fetcher = self._fetcher(self.train, manifest)
-        self.plan = Plan(len(manifest), self.global_batch, self.seed, self.window)
-        self.quarantine = Quarantine(manifest, self.max_bad)
+        """Opens the manifests and lays the plan. Raises UserError for what cannot be trained on."""
+        manifests = [source.manifest() for source in self.sources.values()]
+        self.used_sizes, chosen = self.select(manifests)
+        pairs = zip(self.sources.values(), manifests, chosen, strict=True)
+        self.fetchers = [
+            self._fetcher(source, manifest, self.used_sizes, selection) for source, manifest, selection in pairs
+        ]
+        self.train_fetcher = self.fetchers[0]
+        counts = [selection.counts for selection in chosen]
+        self.plan = Plan(counts, self.global_batch, self.seed, self.window, self._weights())
+        rank = self.trainer.global_rank if self.trainer is not None else 0
+        name = f"quarantine_rank{rank}.jsonl" if rank else "quarantine.jsonl"
+        file = self.folder / name if self.folder is not None else None
+        self.quarantine = Quarantine(manifests, self.max_bad, of_shard=self.max_bad_of_shard, file=file)
+        if rank == 0:
+            write_record(self.folder, dict(zip(self.sources, self.fetchers, strict=True)), self.used_sizes, self.decode)
         if self.val is not None:
             held_out = self.val.manifest()
-            self.val_fetcher = self._fetcher(self.val, held_out)
+            sizes, selection = self.select_val(held_out)
+            self.val_fetcher = self._fetcher(self.val, held_out, sizes, selection)
             self.val_quarantine = Quarantine(held_out, self.max_bad)
 
-    def _fetcher(self, source: Source, manifest: Manifest) -> Fetcher:
-        return source.fetcher(manifest, self.size, self.seed, self.cache_bytes)
+    def select(self, manifests: Sequence[Manifest]) -> tuple[list[tuple[int, int]], list[Selection]]:
+        """(sizes that are trained at, the selection of each source), of the sources' manifests in their order."""
+        pairs = zip(self.sources.items(), manifests, strict=True)
+        asked = [_asked(name, source, manifest) for (name, source), manifest in pairs]
+        return select(asked, self.buckets, View.of(self.size).size, self.global_batch, self._weights())
+
+    def _weights(self) -> list[float] | None:
+        """The sources' weights; None where none is given."""
+        given = {name: source.weight for name, source in self.sources.items()}
+        if all(weight is None for weight in given.values()):
+            return None
+        weights = [weight for weight in given.values() if weight is not None and 0 < weight < float("inf")]
+        if len(weights) < len(given):
+            raise UserError(f"the weights of mixed sources are {given}; give each one above 0, or none any")
+        return weights
+
+    def select_val(self, manifest: Manifest) -> tuple[list[tuple[int, int]], Selection]:
+        """(the one size of validation, the selection) of the validation source's manifest."""
+        if self.val is None:
+            raise UserError("this data has no validation shards; give val")
+        sizes, (selection,) = select([_asked("val", self.val, manifest)], size=View.of(self.size).size)
+        return sizes, selection
+
+    def _fetcher(
+        self, source: Source, manifest: Manifest, sizes: Sequence[tuple[int, int]], chosen: Selection | None = None
+    ) -> Fetcher:
+        return source.fetcher(manifest, sizes, self.seed, self.cache_bytes, self.decode, chosen)
 
     def check_first_stage(self, fingerprint: str | None) -> None:
         """Raises UserError where latents made beforehand are not this first stage's; None takes pictures alone."""
-        for source in (self.train, self.val):
-            made_by = source.first_stage if source is not None else None
-            if source is not None and made_by is not None and made_by != fingerprint:
+        for source in [*self.sources.values(), *([self.val] if self.val is not None else [])]:
+            made_by = source.first_stage
+            if made_by is not None and made_by != fingerprint:
                 wanted = f"is {fingerprint}" if fingerprint else "is trained here, on pictures"
                 raise UserError(
                     f"the latents in {source.shards} were made by the first stage {made_by}, this one {wanted}: train "
@@ -158,14 +170,16 @@ class ShardDataModule(pl.LightningDataModule):
 
     def train_batches(self, rank: int = 0, world: int = 1, accumulation: int = 1) -> TrainBatches:
         """The batches of a rank, item i for micro-step i. After `setup`."""
-        return TrainBatches(self.train_fetcher, self.plan, self.total_steps, rank, world, accumulation)
+        at = (rank, world, accumulation)
+        sizes = self.used_sizes if self.buckets else None
+        return TrainBatches(self.fetchers, self.plan, self.total_steps, *at, sizes=sizes, threads=self.threads)
 
     def val_batches(self, rank: int = 0, world: int = 1, accumulation: int = 1) -> ValBatches:
         """The validation batches of a rank. After `setup`."""
         if self.val is None:
             raise UserError("this data has no validation shards; give val")
         batch = self.val_batch or micro_batch(self.global_batch, world, accumulation)
-        samples = min(self.val_samples, len(self.val_fetcher.manifest))
+        samples = min(self.val_samples, len(self.val_fetcher.chosen))
         if samples < world:
             raise UserError(f"{samples} validation samples for {world} ranks; give at least one for each")
         return ValBatches(self.val_fetcher, samples, batch, rank, world)
@@ -210,11 +224,16 @@ class ShardDataModule(pl.LightningDataModule):
 
     def _order(self) -> dict[str, Any]:
         """What the order of samples depends on."""
+        prints = [fetcher.manifest.fingerprint for fetcher in self.fetchers]
         return {
             "seed": self.seed,
             "global_batch": self.global_batch,
-            "window": self.window,
-            "fingerprint": self.train_fetcher.manifest.fingerprint,
+            "window": None if self.window is None else f"{self.window} in equal parts",
+            "fingerprint": " ".join(prints),
+            "where": " | ".join(source.where or "all" for source in self.sources.values()),
+            "sizes": ", ".join(f"{h}x{w}" for h, w in self.used_sizes) if self.buckets else "",
+            "samples": str(self.plan.samples.tolist()),
+            "weights": str(self._weights()),
         }
 
     def state_dict(self) -> dict[str, Any]:
@@ -238,6 +257,10 @@ class ShardDataModule(pl.LightningDataModule):
                 f"the checkpoint was trained in another order of samples: {told}; "
                 "resume with the same data and settings, or start a new run from its weights"
             )
+
+
+def _asked(name: str, source: Source, manifest: Manifest) -> Asked:
+    return Asked(name, manifest, Filter(source.where) if source.where else None)
 
 
 def _align_progress(trainer: pl.Trainer, start: int) -> None:

@@ -1,9 +1,9 @@
 """A sample from its place in a shard: bytes, picture, crop, caption. Stateless.
 
-What is random (crop, flip, the substitute of a bad sample) is drawn from (seed, epoch, index).
+What is random (crop, flip, caption, the substitute of a bad sample) is drawn from (seed, epoch, index).
 """
 
-import json
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,10 +13,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ldm.data.caption_choice import CaptionChoice
+from ldm.data.decode import Decode
 from ldm.data.index import Manifest
 from ldm.data.picture import BadSample, MAX_bytes, Pixels, decode
+from ldm.data.selection import Selection
 from ldm.data.shards import OpenShards
-from ldm.data.tar import JSON_CAPTION, NO_CAPTION
 from ldm.errors import UserError
 from ldm.randomness import key
 
@@ -52,7 +54,7 @@ class Sample:
     caption: str
     index: int
     original_size: tuple[int, int]  # (height, width) as stored
-    crop: tuple[int, int]  # (top, left) in the resized picture
+    crop: tuple[int, int]  # (top, left) in the resized picture, mirrored where the sample is
     moments: NDArray[np.float16] | None = None  # [2, C, h, w], of latents made beforehand
     texts: Mapping[str, NDArray[Any]] = field(default_factory=dict)  # of captions encoded beforehand, by name
 
@@ -70,23 +72,24 @@ def as_images(pixels: Pixels) -> Tensor:
 
 @dataclass
 class _Cache:
-    """Decoded, resized, uncropped samples by index, up to a number of bytes; what is in stays in."""
+    """Decoded, resized, uncropped pictures by index and size, up to a number of bytes; what is in stays in."""
 
     limit_bytes: int
-    held: dict[int, tuple[Pixels, str, tuple[int, int]]] = field(default_factory=dict)
+    held: dict[tuple[int, tuple[int, int]], tuple[Pixels, tuple[int, int]]] = field(default_factory=dict)
     held_bytes: int = 0
 
-    def add(self, index: int, loaded: tuple[Pixels, str, tuple[int, int]]) -> None:
+    def add(self, name: tuple[int, tuple[int, int]], loaded: tuple[Pixels, tuple[int, int]]) -> None:
         if self.held_bytes + loaded[0].nbytes <= self.limit_bytes:
-            self.held[index] = loaded
+            self.held[name] = loaded
             self.held_bytes += loaded[0].nbytes
 
 
 class Fetcher:
-    """Samples of a manifest, by index and epoch.
+    """Samples of a manifest, by index and epoch. Several threads may ask at once.
 
     Keeps open files and, up to `cache_bytes`, decoded pictures; neither changes what comes out. With
-    `require_caption` false a sample without caption has the empty one, else it is bad.
+    `require_caption` false a sample without caption has the empty one, else it is bad. `captions` are the weights of
+    its fields, see CaptionChoice; `decode` is one of the DECODERS; `chosen` are the samples that are used.
     """
 
     def __init__(
@@ -96,76 +99,89 @@ class Fetcher:
         seed: int = 0,
         require_caption: bool = True,
         cache_bytes: int = 0,
+        decode: Decode = decode,
+        captions: CaptionChoice | None = None,
+        chosen: Selection | None = None,
     ) -> None:
         self.manifest = manifest
         self.view = view
         self.seed = seed
-        self.require_caption = require_caption
+        self.decode = decode
+        self.captions = captions or CaptionChoice(required=require_caption)
+        self.chosen = chosen or Selection([len(manifest)])
         self._cache = _Cache(cache_bytes)
-        self._shards = OpenShards(manifest.paths)
-        self._current: set[int] = set()
+        self._own = _Own()
 
-    def __call__(self, index: int, epoch: int = 0) -> Sample:
-        """The sample. Raises BadSample; UserError where its shard changed since it was indexed."""
-        loaded = self._cache.held.get(index)
+    def __call__(self, index: int, epoch: int = 0, size: tuple[int, int] | None = None) -> Sample:
+        """The sample, at another (height, width) than the view's where one is given.
+
+        Raises BadSample; UserError where its shard changed since it was indexed.
+        """
+        size = size or self.view.size
+        caption = self.caption(index, epoch)
+        loaded = self._cache.held.get((index, size))
         if loaded is None:
-            loaded = self._load(index)
-            self._cache.add(index, loaded)
-        pixels, caption, original = loaded
+            loaded = self._load(index, size)
+            self._cache.add((index, size), loaded)
+        pixels, original = loaded
         (height, width), view = pixels.shape[:2], self.view
-        spare = (height - view.size[0], width - view.size[1])
+        spare = (height - size[0], width - size[1])
         top, left = spare[0] // 2, spare[1] // 2
         if view.random_crop and any(spare):
             draw = key(self.seed, "crop", epoch, index)
             top, left = (draw & 0xFFFFFFFF) % (spare[0] + 1), (draw >> 32 & 0xFFFFFFFF) % (spare[1] + 1)
-        pixels = pixels[top : top + view.size[0], left : left + view.size[1]]
+        pixels = pixels[top : top + size[0], left : left + size[1]]
         if view.flip and key(self.seed, "flip", epoch, index) & 1:
-            pixels = pixels[:, ::-1]
+            pixels, left = pixels[:, ::-1], spare[1] - left  # the same crop of the mirrored picture
         return Sample(pixels, caption, index, original, (top, left))
 
-    def pictures(self, samples: Sequence[Sample]) -> dict[str, Tensor]:
-        """The pictures as tensors of a Batch, by field."""
-        return {"images": as_images(np.stack([sample.pixels for sample in samples]))}
+    def picture(self, sample: Sample) -> dict[str, NDArray[Any]]:
+        """What a sample adds to the pictures of a Batch, by field."""
+        return {"images": sample.image.numpy()}
 
-    def good(self, index: int, epoch: int = 0) -> tuple[Sample, list[tuple[int, str]]]:
+    def good(
+        self,
+        index: int,
+        epoch: int = 0,
+        size: tuple[int, int] | None = None,
+        places: range | None = None,
+    ) -> tuple[Sample, list[tuple[int, str]]]:
         """The sample or, where it is bad, its substitute; and (index, reason) of each that was bad.
 
-        The substitutes are drawn from (seed, epoch, index). Raises UserError after a few in a row.
+        The substitutes are drawn from (seed, epoch, index), among those at `places` of the chosen samples (None: all).
+        Only what is bad for good has one; other errors pass through. Raises UserError after a few in a row.
         """
         bad: list[tuple[int, str]] = []
         wanted = index
+        places = places or range(len(self.chosen))
         while len(bad) < TRIES:
             try:
-                return self(index, epoch), bad
+                return (self(index, epoch) if size is None else self(index, epoch, size)), bad
             except BadSample as reason:
                 bad.append((index, str(reason)))
-                index = key(self.seed, "substitute", epoch, wanted, len(bad)) % len(self.manifest)
+                index = self.chosen[places[key(self.seed, "substitute", epoch, wanted, len(bad)) % len(places)]]
         told = "\n".join(f"  {self.manifest.key(i)} in {self.manifest.shard_of(i)}: {why}" for i, why in bad)
         raise UserError(f"{TRIES} samples in a row cannot be used:\n{told}\nlook at these shards")
 
-    def _load(self, index: int) -> tuple[Pixels, str, tuple[int, int]]:
-        """(resized picture, caption, original size)."""
+    def _load(self, index: int, size: tuple[int, int]) -> tuple[Pixels, tuple[int, int]]:
+        """(resized picture, original size)."""
         columns = self.manifest
         if columns.image_size[index] > MAX_bytes:
             raise BadSample("too many bytes")
-        caption = self.caption(index)
         data = self._read(index, int(columns.image_offset[index]), int(columns.image_size[index]))
-        pixels, original = decode(data, self.view.size)
-        return pixels, caption, original
+        return self.decode(data, size)
 
-    def caption(self, index: int) -> str:
-        """A sample's caption; BadSample where it has none and needs one."""
-        columns = self.manifest
-        kind = columns.caption[index]
-        if kind == NO_CAPTION:
-            if self.require_caption:
-                raise BadSample("no caption")
-            return ""
-        if kind == JSON_CAPTION:
-            data = self._read(index, int(columns.json_offset[index]), int(columns.json_size[index]))
-            return str(json.loads(data)["caption"]).strip()
-        data = self._read(index, int(columns.text_offset[index]), int(columns.text_size[index]))
-        return data.decode("utf-8", "replace").strip()
+    def check_captions(self) -> None:
+        """Raises UserError where the captions ask for a field that the samples do not have."""
+        self.captions.check(self.manifest, self._read)
+
+    def caption(self, index: int, epoch: int = 0) -> str:
+        """A sample's caption at a visit; BadSample where it has none and needs one."""
+        return self.captions(self.manifest, self._read, index, self.seed, epoch)
+
+    def alternatives(self, index: int) -> list[str]:
+        """All captions that a visit of a sample may have; BadSample where it has none and needs one."""
+        return self.captions.alternatives(self.manifest, self._read, index)
 
     def parts(self, index: int) -> dict[str, bytes]:
         """A sample's stored text and JSON, those of "txt" and "json" that it has."""
@@ -177,14 +193,37 @@ class Fetcher:
         return {kind: self._read(index, *place) for kind, place in places.items() if place[1] >= 0}
 
     def _read(self, index: int, offset: int, size: int) -> bytes:
+        """A range of the shard that holds a sample. Raises UserError where the shard is not the one indexed."""
         number = int(self.manifest.shard[index])
-        shard = self._shards[number]
-        if number not in self._current:
+        shards = self._own.shards(self.manifest)
+        shard = shards[number]
+        if number not in self._own.current:
             facts = self.manifest.shards[number]
             if (shard.size, shard.mtime_ns) != (facts["bytes"], facts["mtime_ns"]):
                 raise UserError(f"{shard.path} changed after it was indexed; start again")
-            self._current.add(number)
-        return shard.read(offset, size)
+            self._own.current.add(number)
+        data = shard.read(offset, size)
+        if len(data) < size:
+            raise UserError(
+                f"{shard.path} ends before byte {offset + size}, it changed after it was indexed; start again"
+            )
+        return data
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_cache": _Cache(self._cache.limit_bytes), "_current": set()}
+        return self.__dict__ | {"_cache": _Cache(self._cache.limit_bytes), "_own": _Own()}
+
+
+class _Own(threading.local):
+    """A thread's own open shards, and those of them that it has compared with the index."""
+
+    def __init__(self) -> None:
+        self._shards: OpenShards | None = None
+        self.current: set[int] = set()
+
+    def shards(self, manifest: Manifest) -> OpenShards:
+        if self._shards is None:
+            self._shards = manifest.open_shards()
+        return self._shards
+
+    def __reduce__(self) -> tuple[type["_Own"], tuple[()]]:
+        return _Own, ()

@@ -15,20 +15,24 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
-from numpy.lib import format as npy
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from ldm.data.shards import Shards, expand
-from ldm.data.tar import COLUMNS, DAMAGE, IMAGE_KINDS, PROBLEMS, ShardScan, scan_shard
-from ldm.errors import UserError
+from ldm.data.columns import Column, NumberColumns, number_file
+from ldm.data.numbers import SIDES
+from ldm.data.remote import Remote, is_remote
+from ldm.data.shards import REQUESTS, OpenShards, Shards, expand, relative_names, states
+from ldm.data.tar import COLUMNS, DAMAGE, IMAGE_KINDS, LEFT_OUT, PROBLEMS, ShardScan, scan_shard
+from ldm.errors import UserError, nearest
 
-VERSION = 1
+VERSION = 2
 POOL_bytes = 256 << 20  # less than this is read sooner than processes are started
 
 
@@ -37,12 +41,14 @@ class Manifest:
 
     Columns (memory-mapped, one entry a sample): shard, image_offset, image_size, image_kind (an index into
     PICTURE_KINDS), text_offset, text_size, json_offset, json_size (size -1: there is none), caption (0 none,
-    1 in the text, 2 in the JSON), width, height (pixels, from the JSON; 0: not known).
+    1 in the text, 2 in the JSON), width, height (pixels, from the JSON, else the picture's header; 0: not known).
+    `column` gives these two and the JSON's numbers by name.
     """
 
-    def __init__(self, folder: Path, paths: Sequence[str]) -> None:
+    def __init__(self, folder: Path, paths: Sequence[str], remote: Remote | None = None) -> None:
         self.folder = folder
         self.paths = list(paths)
+        self.remote = remote
         facts = json.loads((folder / "manifest.json").read_text())
         self.fingerprint: str = facts["fingerprint"]
         self.problems: dict[str, int] = facts["problems"]
@@ -59,18 +65,37 @@ class Manifest:
         self.caption = self._column("caption")
         self.width = self._column("width")
         self.height = self._column("height")
+        self._numbers: dict[str, int] = {name: place for place, name in enumerate(facts["columns"])}
         self._key_end = self._column("key_end")
         self._key_bytes = self._column("key_bytes")
 
-    def __reduce__(self) -> tuple[type["Manifest"], tuple[Path, list[str]]]:
-        return Manifest, (self.folder, self.paths)
+    def __reduce__(self) -> tuple[type["Manifest"], tuple[Path, list[str], Remote | None]]:
+        return Manifest, (self.folder, self.paths, self.remote)
 
     def __len__(self) -> int:
         return self._samples
 
     def _column(self, name: str) -> NDArray[Any]:
         column: NDArray[Any] = np.load(self.folder / f"{name}.npy", mmap_mode="r" if self._samples else None)
-        return column
+        return column.view(np.ndarray)  # the same mapped memory; one number of a np.memmap takes several times as long
+
+    def open_shards(self) -> OpenShards:
+        """The shards, to be read by the place in `paths`."""
+        return OpenShards(self.paths, remote=self.remote)
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The names of the numeric columns: width, height, and every name that has a number in a JSON part."""
+        return tuple(self._numbers)
+
+    def column(self, name: str) -> NDArray[np.float64]:
+        """A numeric column, float64, memory-mapped; NaN where a sample lacks it. true is 1, false is 0.
+
+        Raises UserError, with the nearest names, for one that there is not.
+        """
+        if name not in self._numbers:
+            raise UserError(f"the shards have no numeric column {name}; {nearest(name, self.columns)}")
+        return self._column(number_file(self.folder, self._numbers[name]).stem)
 
     def key(self, index: int) -> str:
         """The sample's webdataset key."""
@@ -89,33 +114,61 @@ class Manifest:
             if any(facts["problems"].get(kind) for kind in DAMAGE)
         ]
 
+    def findings(self) -> list[tuple[str, str]]:
+        """(shard, what was found in it) for each damaged shard and each with oversized or gigapixel samples."""
+        pairs = zip(self.paths, self.shards, strict=True)
+        return [(path, "; ".join(facts["examples"])) for path, facts in pairs if facts["examples"]]
 
-def index_shards(shards: Shards, out: str | Path | None = None, progress: bool = False) -> Manifest:
+
+def index_shards(
+    shards: Shards, out: str | Path | None = None, progress: bool = False, remote: Remote | None = None
+) -> Manifest:
     """The manifest of the shards: read back where it still fits them, made otherwise.
 
-    `out` holds the manifests instead of `.index/` beside the shards. Damage is counted in the manifest.
-    Raises UserError where shards are missing or the folder cannot be written.
+    `out` holds the manifests instead of `.index/` beside the shards, or ~/.cache/ldm/index for remote ones. Damage
+    is counted in the manifest. Raises UserError where shards are missing or the folder cannot be written.
     """
     paths = expand(shards)
-    root = os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in paths])
-    names = [os.path.relpath(os.path.abspath(path), root) for path in paths]
-    kept = Path(out) if out is not None else Path(root) / ".index"
-    name = _digest([VERSION, *names])[:16]
-    folder = kept / f"{name}-{_digest([(s.st_size, s.st_mtime_ns) for s in map(os.stat, paths)])[:16]}"
+    kept, name = _home(paths, out)
+    state = states(paths, remote)
+    folder = kept / f"{name}-{_digest([VERSION, *state])[:16]}"
     if not (folder / "manifest.json").is_file():
         try:
-            _make(folder, paths, names, progress)
+            _make(folder, paths, _scans(paths, sum(size for size, _ in state), progress, remote))
         except OSError as error:
             raise UserError(f"cannot keep the index in {kept} ({error}); give another folder") from error
         for stale in kept.glob(f"{name}-*"):
             if stale != folder:
                 shutil.rmtree(stale, ignore_errors=True)
-    return Manifest(folder, paths)
+    return Manifest(folder, paths, remote)
 
 
-def load_manifest(shards: Shards, allow_damaged: bool = False, out: str | Path | None = None) -> Manifest:
+def _home(paths: list[str], out: str | Path | None) -> tuple[Path, str]:
+    """The folder of the manifests, and how the name of this list's manifest begins in it."""
+    if out is None and not any(map(is_remote, paths)):
+        root = os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in paths])
+        return Path(root) / ".index", _digest(relative_names(paths))[:16]
+    caches = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    full = [path if is_remote(path) else os.path.abspath(path) for path in paths]
+    return Path(out) if out is not None else caches / "ldm" / "index", _digest(full)[:16]
+
+
+def _indexed(shards: Shards, out: str | Path | None, remote: Remote | None) -> Manifest:
+    """The manifest; that of remote shards without asking for their state, which their readers compare."""
+    paths = expand(shards)
+    if any(map(is_remote, paths)):
+        kept, name = _home(paths, out)
+        found = [folder for folder in kept.glob(f"{name}-*") if (folder / "manifest.json").is_file()]
+        if len(found) == 1 and json.loads((found[0] / "manifest.json").read_text())["version"] == VERSION:
+            return Manifest(found[0], paths, remote)
+    return index_shards(shards, out, remote=remote)
+
+
+def load_manifest(
+    shards: Shards, allow_damaged: bool = False, out: str | Path | None = None, remote: Remote | None = None
+) -> Manifest:
     """The manifest of shards to train on. Raises UserError for damage (unless allowed) and for no samples."""
-    manifest = index_shards(shards, out)
+    manifest = _indexed(shards, out, remote)
     damaged = manifest.damaged()
     if damaged and not allow_damaged:
         listed = "\n".join(f"  {path}: {what}" for path, what in damaged[:5])
@@ -135,52 +188,29 @@ def _digest(facts: object) -> str:
     return hashlib.blake2b(json.dumps(facts).encode(), digest_size=16).hexdigest()
 
 
-def _scans(paths: list[str], progress: bool) -> Iterator[ShardScan]:
-    """The scans of the shards in order, by as many processes as the amount is worth."""
-    workers = min(len(paths), os.cpu_count() or 1)
+def _scans(paths: list[str], size_bytes: int, progress: bool, remote: Remote | None) -> Iterator[ShardScan]:
+    """The scans of the shards in order: by processes where they are large, by threads where servers answer."""
+    far = any(map(is_remote, paths))
+    workers = min(len(paths), REQUESTS if far else os.cpu_count() or 1)
+    scan = partial(scan_shard, remote=remote) if remote else scan_shard
+    pool: Executor | None = None
+    if workers > 1 and size_bytes >= POOL_bytes:
+        pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"))
+    elif workers > 1 and far:
+        pool = ThreadPoolExecutor(workers)
     bar: Any = tqdm(total=len(paths), unit="shard", disable=not progress, desc="index")
-    with bar:
-        if workers == 1 or sum(map(os.path.getsize, paths)) < POOL_bytes:
-            for scan in map(scan_shard, paths):
-                bar.update()
-                yield scan
-            return
-        with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-            for scan in pool.map(scan_shard, paths):
-                bar.update()
-                yield scan
+    with bar, pool or nullcontext():
+        for found in pool.map(scan, paths) if pool else map(scan, paths):
+            bar.update()
+            yield found
 
 
-class _Column:
-    """A one-dimensional .npy file that grows; its header is rewritten once the length is known."""
-
-    def __init__(self, path: Path, kind: type[np.generic]) -> None:
-        self.file: BinaryIO = path.open("wb")
-        self.kind = np.dtype(kind)
-        self.length = 0
-        self._header()
-
-    def _header(self) -> None:
-        """NumPy leaves room for any length of the first axis, so the header's own size does not change."""
-        facts = {"descr": npy.dtype_to_descr(self.kind), "fortran_order": False, "shape": (self.length,)}
-        npy.write_array_header_1_0(self.file, facts)
-
-    def add(self, values: NDArray[Any]) -> None:
-        self.file.write(np.ascontiguousarray(values, self.kind).tobytes())
-        self.length += len(values)
-
-    def close(self) -> None:
-        self.file.seek(0)
-        self._header()
-        self.file.close()
-
-
-def _make(folder: Path, paths: list[str], names: list[str], progress: bool) -> None:
+def _make(folder: Path, paths: list[str], scans: Iterator[ShardScan]) -> None:
     """Writes the manifest of the shards under another name and renames it to `folder`."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=folder.parent))
     try:
-        _write(unfinished, _scans(paths, progress), names)
+        _write(unfinished, scans, relative_names(paths))
         unfinished.chmod(0o755)
         try:
             unfinished.rename(folder)
@@ -199,12 +229,14 @@ def _write(folder: Path, scans: Iterator[ShardScan], names: list[str]) -> None:
         "key_end": np.int64,
         "key_bytes": np.uint8,
     }
-    columns = {name: _Column(folder / f"{name}.npy", kind) for name, kind in kinds.items()}
+    columns = {name: Column(folder / f"{name}.npy", kind) for name, kind in kinds.items()}
+    numbers = NumberColumns(folder)
     shards: list[dict[str, Any]] = []
     for number, (name, scan) in enumerate(zip(names, scans, strict=True)):
         columns["shard"].add(np.full(len(scan.keys), number))
-        for column, values in scan.columns.items():
-            columns[column].add(values)
+        for kind, values in scan.columns.items():
+            columns[kind].add(values)
+        numbers.add(len(scan.keys), {side: _known(scan.columns[side]) for side in SIDES} | scan.numbers)
         ends = np.cumsum([len(key) for key in scan.keys], dtype=np.int64)
         columns["key_end"].add(ends + columns["key_bytes"].length)
         columns["key_bytes"].add(np.frombuffer(b"".join(scan.keys), np.uint8))
@@ -219,46 +251,65 @@ def _write(folder: Path, scans: Iterator[ShardScan], names: list[str]) -> None:
                 "examples": scan.examples,
             }
         )
-    for written in columns.values():
-        written.close()
+    for column in columns.values():
+        column.close()
+    numbers.close()
     totals = sum((Counter(shard["problems"]) for shard in shards), Counter[str]())
     facts = {
         "version": VERSION,
         "samples": sum(shard["samples"] for shard in shards),
         "fingerprint": _digest([[s["name"], s["bytes"], s["samples"], s["keys"]] for s in shards]),
         "problems": {kind: totals[kind] for kind in PROBLEMS},
+        "columns": numbers.names,
+        "columns_left_out": sorted(numbers.left_out),
         "shards": shards,
     }
     (folder / "manifest.json").write_text(json.dumps(facts, indent=1))
 
 
+def _known(sides: NDArray[Any]) -> NDArray[np.float64]:
+    return np.where(sides > 0, sides, np.nan)
+
+
 def _table(manifest: Manifest) -> str:
-    """The counts, and the damaged shards with what is wrong."""
+    """The counts, and the shards with what is wrong."""
     rows: list[tuple[str, int]] = [
         ("shards", len(manifest.paths)),
         ("  damaged", len(manifest.damaged())),
         ("samples", len(manifest)),
     ]
     rows += [(f"  {kind}", count) for kind, count in manifest.problems.items()]
-    lines = [f"{name:<16}{count:>12,}" for name, count in rows]
-    lines.append(f"{'fingerprint':<16}{manifest.fingerprint[:12]:>12}")
-    lines += [f"{path}: {what}" for path, what in manifest.damaged()[:20]]
+    lines = [f"{name:<22}{count:>12,}" for name, count in rows]
+    lines.append(f"{'fingerprint':<22}{manifest.fingerprint[:12]:>12}")
+    lines += [f"column {name}: {_known_share(manifest, name)}" for name in manifest.columns]
+    lines += [f"{path}: {what}" for path, what in manifest.findings()[:20]]
     return "\n".join(lines) + "\n"
 
 
+def _known_share(manifest: Manifest, name: str) -> str:
+    """In how many samples the column is known, and its range."""
+    column = manifest.column(name)
+    known = int(np.isfinite(column).sum())
+    told = f", {np.nanmin(column):g} to {np.nanmax(column):g}" if known else ""
+    return f"{known:,} of {len(manifest):,}{told}"
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """`python -m ldm.data.index SHARDS...`; status 1 where a shard is damaged or nothing was found."""
+    """`python -m ldm.data.index SHARDS...`; status 1 where a shard has damage or left out samples, or none at all."""
     parser = argparse.ArgumentParser(prog="python -m ldm.data.index", description=__doc__)
     parser.add_argument("shards", nargs="+", help="a folder, a pattern like data/{00000..00127}.tar, files")
-    parser.add_argument("--out", help="where to keep the manifest (default: .index beside the shards)")
+    parser.add_argument("--out", help="where to keep the manifest (default: .index beside local shards)")
+    parser.add_argument("--deadline-s", type=float, default=300.0, help="how long to try remote shards (300)")
     options = parser.parse_args(arguments)
     try:
-        manifest = index_shards(options.shards, options.out, progress=True)
+        remote = Remote(deadline_s=options.deadline_s)
+        manifest = index_shards(options.shards, options.out, progress=True, remote=remote)
     except UserError as error:
         sys.stderr.write(f"{error}\n")
         return 1
     sys.stdout.write(_table(manifest))
-    return 1 if manifest.damaged() or not len(manifest) else 0
+    flawed = any(manifest.problems[kind] for kind in (*DAMAGE, *LEFT_OUT))
+    return 1 if flawed or not len(manifest) else 0
 
 
 if __name__ == "__main__":

@@ -6,21 +6,22 @@ it. The folder's record says which first stage made them, and from what.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from safetensors.numpy import save
-from torch import Tensor
 
+from ldm.data.caption_choice import CaptionChoice, Read
 from ldm.data.fetch import Fetcher, Sample, View
 from ldm.data.index import Manifest, load_manifest
 from ldm.data.picture import BadSample
+from ldm.data.remote import Remote
+from ldm.data.selection import Selection
 from ldm.data.tar import LATENTS, PICTURE_KINDS
 from ldm.errors import UserError
 from ldm.randomness import key
@@ -31,6 +32,7 @@ FACTS = "latents"  # what the JSON part of a sample says of its variants
 KIND = PICTURE_KINDS.index(LATENTS)
 
 MOMENTS = "moments"
+BETWEEN_bytes = 1 << 13  # of headers and padding, at most, among members that are read in one go
 KINDS: dict[str, type[np.generic]] = {"F16": np.float16, "F32": np.float32, "BOOL": np.bool_}
 
 
@@ -40,20 +42,26 @@ class LatentRecord:
 
     first_stage      fingerprint of the first stage that made them
     source           fingerprint of the pictures' shards
-    size             (height, width) in pixels of what was encoded
+    sizes            (height, width) in pixels of what was encoded, of each bucket
+    where            the filter of what was encoded
+    decode           how JPEGs were decoded
     variants         crops and flips of each picture
     random_crop, flip   how the variants were taken; `seed` is what they were drawn from
     texts            names of the text encoders whose states are there too; a name holds a fingerprint
+    captions         fields of the captions that they encoded; none: the text, else the JSON's caption
     """
 
     first_stage: str
     source: str
-    size: tuple[int, int]
+    sizes: tuple[tuple[int, int], ...]
+    where: str | None = None
+    decode: str = "exact"
     variants: int = 1
     random_crop: bool = False
     flip: bool = False
     seed: int = 0
     texts: tuple[str, ...] = ()
+    captions: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.variants < 1:
@@ -73,7 +81,8 @@ class LatentRecord:
             "".join(("", f"-{self.variants}x", "c" * self.random_crop, "f" * self.flip)) if self.variants > 1 else ""
         )
         made = f"{key(json.dumps(asdict(self))) & 0xFFFFFFFF:08x}"
-        return f"{self.first_stage[:8]}-{self.size[0]}x{self.size[1]}{drawn}-{made}"
+        size = f"{self.sizes[0][0]}x{self.sizes[0][1]}" if len(self.sizes) == 1 else f"{len(self.sizes)}sizes"
+        return f"{self.first_stage[:8]}-{size}{drawn}-{made}"
 
 
 def read_record(folder: Path) -> LatentRecord:
@@ -88,13 +97,23 @@ def read_record(folder: Path) -> LatentRecord:
         raise UserError(f"the latents in {folder} are not complete; run python -m ldm.data.cache again, it goes on")
     names = LatentRecord.__dataclass_fields__
     known = {name: value for name, value in facts.items() if name in names}
-    return LatentRecord(**known | {"size": tuple(known["size"]), "texts": tuple(known["texts"])})
+    listed = {name: tuple(known[name]) for name in ("texts", "captions")}
+    return LatentRecord(**known | listed | {"sizes": tuple((h, w) for h, w in known["sizes"])})
 
 
 def write_record(folder: Path, record: LatentRecord, finished: Mapping[str, Any] | None) -> None:
-    """Writes the record; `finished` are the counts of a complete cache, None where it is still being made."""
+    """Writes the record, at once; `finished` are the counts of a complete cache, None where it is still being made."""
     facts = {"format": FORMAT, **asdict(record), "finished": finished is not None, **(finished or {})}
-    (folder / RECORD).write_text(json.dumps(facts, indent=1))
+    unfinished = folder / f".{RECORD}.unfinished"
+    unfinished.write_text(json.dumps(facts, indent=1))
+    unfinished.replace(folder / RECORD)
+
+
+def summary(folder: Path) -> str:
+    """A line about a finished cache: where it is, how many samples it has, what one takes, how fast it was made."""
+    facts: dict[str, Any] = json.loads((folder / RECORD).read_text())
+    told = f"{folder}: {facts['samples']} samples of {facts['bytes_per_sample']} bytes, {facts['left_out']} left out"
+    return f"{told}; {facts['pictures_per_second']} pictures/s in the first of its processes"
 
 
 @dataclass(frozen=True)
@@ -102,13 +121,20 @@ class LatentSource:
     """A folder of cached latents to train from, in the place of a ShardSource.
 
     shards           the folder that python -m ldm.data.cache wrote
-    require_caption  a sample without caption is bad; false gives it the empty caption
-    index            folder for the manifest; None: `.index` beside the shards
+    require_caption, index, where, captions, weight   as of a ShardSource; `where` chooses among what is cached
     """
 
     shards: str
     require_caption: bool = True
     index: str | None = None
+    where: str | None = None
+    captions: Mapping[str, float] | None = None
+    weight: float | None = None
+
+    @property
+    def remote(self) -> Remote | None:
+        """None: the folder is a local one."""
+        return None
 
     @property
     def first_stage(self) -> str:
@@ -124,43 +150,83 @@ class LatentSource:
         """The manifest, of a cache that is not declared finished too."""
         return load_manifest(self.shards, False, self.index)
 
-    def fetcher(self, manifest: Manifest, size: int | Sequence[int], seed: int, cache_bytes: int) -> "LatentFetcher":
-        """Reads latents of pictures of that size; UserError where they were made at another."""
+    def fetcher(
+        self,
+        manifest: Manifest,
+        sizes: Sequence[tuple[int, int]],
+        seed: int,
+        cache_bytes: int = 0,
+        decode: str = "exact",
+        chosen: Selection | None = None,
+    ) -> "LatentFetcher":
+        """Reads latents of pictures of `sizes`; UserError where they were made at others. Nothing is decoded."""
         record = read_record(Path(self.shards))
-        if View.of(size).size != record.size:
+        if other := set(sizes) - set(record.sizes):
             raise UserError(
-                f"data.size={size}: the latents in {self.shards} are of pictures of {record.size[0]}x{record.size[1]}; "
-                "make others by training from the pictures with the knob latents"
+                f"data.size, data.buckets: the latents in {self.shards} are of pictures of {_told(record.sizes)}, none "
+                f"of {_told(other)}; make others by training from the pictures with the knob latents"
             )
-        return LatentFetcher(manifest, record, seed, self.require_caption)
+        captions = CaptionChoice(self.captions, self.require_caption)
+        fetcher = LatentFetcher(manifest, record, sizes[0], seed, captions, chosen)
+        fetcher.check_captions()
+        return fetcher
 
 
 class LatentFetcher(Fetcher):
     """Samples of cached latents, by index and epoch; the variant is drawn at every visit from (seed, epoch, index)."""
 
-    def __init__(self, manifest: Manifest, record: LatentRecord, seed: int = 0, require_caption: bool = True) -> None:
-        super().__init__(manifest, View(record.size), seed, require_caption)
+    def __init__(
+        self,
+        manifest: Manifest,
+        record: LatentRecord,
+        size: tuple[int, int],
+        seed: int = 0,
+        captions: CaptionChoice | None = None,
+        chosen: Selection | None = None,
+    ) -> None:
+        super().__init__(manifest, View(size), seed, captions=captions, chosen=chosen)
         self.record = record
-        self._nothing = np.empty((*record.size, 0), np.uint8)
 
-    def __call__(self, index: int, epoch: int = 0) -> Sample:
-        """The sample. Raises BadSample; UserError where its shard changed since it was indexed."""
+    def __call__(self, index: int, epoch: int = 0, size: tuple[int, int] | None = None) -> Sample:
+        """The sample. Raises BadSample; UserError where its shard changed, or its latents are of another size."""
         columns = self.manifest
         if columns.image_kind[index] != KIND:
             raise BadSample("no latents")
-        caption = self.caption(index)
-        arrays = unpack(self._read(index, int(columns.image_offset[index]), int(columns.image_size[index])))
-        facts = json.loads(self._read(index, int(columns.json_offset[index]), int(columns.json_size[index])))[FACTS]
+        size = size or self.view.size
+        read = self._at_once(index)
+        caption = self.captions(columns, read, index, self.seed, epoch)
+        arrays = unpack(read(index, int(columns.image_offset[index]), int(columns.image_size[index])))
+        facts = json.loads(read(index, int(columns.json_offset[index]), int(columns.json_size[index])))[FACTS]
         variant = key(self.seed, "variant", epoch, index) % self.record.variants if self.record.variants > 1 else 0
         moments = arrays.pop(MOMENTS)[variant]
+        if tuple(facts["size"]) != size:
+            raise UserError(
+                f"the latents of {columns.key(index)} are of {_told([tuple(facts['size'])])} pixels, its bucket is "
+                f"{_told([size])}: the buckets have changed, make the latents anew (latents=ANOTHER_FOLDER)"
+            )
         texts = self._texts(arrays, facts, caption) if arrays else {}
         original, crop = tuple(facts["original_size"]), tuple(facts["crops"][variant])
-        return Sample(self._nothing, caption, index, original, crop, moments, texts)
+        return Sample(np.empty((*size, 0), np.uint8), caption, index, original, crop, moments, texts)
 
-    def pictures(self, samples: Sequence[Sample]) -> dict[str, Tensor]:
-        """`moments` [B, 2, C, h, w], and `images` without channels."""
-        moments = torch.from_numpy(np.stack([sample.moments for sample in samples if sample.moments is not None]))
-        return {"images": torch.empty(len(samples), 0, *self.record.size), "moments": moments}
+    def picture(self, sample: Sample) -> dict[str, NDArray[Any]]:
+        """`moments` [2, C, h, w], and `images` without channels."""
+        assert sample.moments is not None
+        return {"images": np.empty((0, *sample.pixels.shape[:2]), np.float32), "moments": sample.moments}
+
+    def _at_once(self, index: int) -> Read:
+        """What reads a sample's parts, of bytes that were read in one go where its members lie side by side."""
+        columns = self.manifest
+        places = [
+            (int(columns.image_offset[index]), int(columns.image_size[index])),
+            (int(columns.text_offset[index]), int(columns.text_size[index])),
+            (int(columns.json_offset[index]), int(columns.json_size[index])),
+        ]
+        there = [(offset, size) for offset, size in places if size >= 0]
+        start, stop = min(offset for offset, _ in there), max(offset + size for offset, size in there)
+        if stop - start > sum(size for _, size in there) + BETWEEN_bytes:
+            return self._read
+        data = self._read(index, start, stop - start)
+        return lambda _, offset, size: data[offset - start : offset - start + size]
 
     def _texts(self, arrays: dict[str, NDArray[Any]], facts: dict[str, Any], caption: str) -> dict[str, NDArray[Any]]:
         """What the text encoders made of the caption, by name; there is one row for each caption of the sample."""
@@ -171,6 +237,10 @@ class LatentFetcher(Fetcher):
             )
         row = facts["captions"].index(caption)
         return {name: array[row] for name, array in arrays.items()}
+
+
+def _told(sizes: Iterable[tuple[int, int]]) -> str:
+    return ", ".join(f"{height}x{width}" for height, width in sorted(sizes))
 
 
 def pack(arrays: Mapping[str, NDArray[Any]]) -> bytes:

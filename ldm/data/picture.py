@@ -39,27 +39,35 @@ def decode(data: bytes, size: tuple[int, int]) -> tuple[Pixels, tuple[int, int]]
     A picture that already fits is not resampled; others by Lanczos, a much larger JPEG after decoding at a
     reduced scale. The orientation in EXIF is applied. Raises BadSample.
     """
-    if not data:
-        raise BadSample("empty picture")
-    if len(data) > MAX_bytes:
-        raise BadSample("too many bytes")
+    checked(data)
     try:
         image, original = _open(data, size)
         image.load()  # a cut file fails here
         image = _rgb(image)
     except BadSample:
         raise
+    except Image.DecompressionBombError as error:  # Pillow's own bound comes first
+        raise BadSample("too many pixels") from error
     except Exception as error:  # Pillow raises many kinds for broken files
         raise BadSample("corrupt picture") from error
     return np.asarray(cover(image, size)), original
+
+
+def checked(data: bytes, size: tuple[int, int] = (0, 0)) -> None:
+    """Raises BadSample for bytes, or a stored size, out of bounds."""
+    if not data:
+        raise BadSample("empty picture")
+    if len(data) > MAX_bytes:
+        raise BadSample("too many bytes")
+    if size[0] * size[1] > MAX_pixels:
+        raise BadSample("too many pixels")
 
 
 def _open(data: bytes, size: tuple[int, int]) -> tuple[Image.Image, tuple[int, int]]:
     """The picture upright, undecoded where nothing needs its pixels yet, and its (height, width) upright."""
     image: Image.Image = Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP"))
     original = (image.height, image.width)
-    if original[0] * original[1] > MAX_pixels:
-        raise BadSample("too many pixels")
+    checked(data, original)
     if image.format in ("JPEG", "MPO"):
         side = DRAFT * max(size)
         image.draft(None, (side, side))

@@ -1,115 +1,165 @@
-"""The order of samples as a pure function of (samples, seed, window, position); no state, no list in memory.
+"""The order of samples as a pure function of (samples, weights, global batch, seed, window, position).
 
-Position p of the endless stream belongs to epoch p // samples, and batches run across epochs: each epoch
-holds every sample exactly once and nothing is dropped. The permutation is a generalised Feistel network with
-cycle walking (Black and Rogaway 2002, "Ciphers with arbitrary finite domains", section 5) whose round
-function is SplitMix64, so any position costs the same and no position depends on another.
+Each bucket of each source is an endless stream of its own epochs: place p belongs to epoch p // samples, every
+epoch holds every sample exactly once and nothing is dropped. `Turns` says which bucket a global step serves, `Shares`
+how its positions are shared among sources; the streams' places follow in closed form, so that any step costs the same
+and the state of a run is one integer.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ldm.data.mixing import Shares
+from ldm.data.permutation import Ints, fold, permute, word
+from ldm.data.turns import Turns
 from ldm.errors import UserError
 from ldm.randomness import key
 
-Ints = NDArray[np.int64]
-Words = NDArray[np.uint64]
-
-ROUNDS = 8
-STRETCHES = 64  # a window is this many stretches of consecutive samples
+STRETCHES = 64  # a window is this many stretches of consecutive samples, or more:
+LONGEST = 1024  # samples of a stretch
+CHUNK = 1 << 15  # places that are mixed at once; their words fit into a processor's cache
 
 
-def _mix(x: Words) -> Words:
-    """SplitMix64's output function (Steele, Lea and Flood 2014)."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+class Stream:
+    """Endless epochs of `samples` samples, each mixed anew, with a window as `Plan` describes it."""
 
-
-def _fold(keys: Words, number: Ints | int) -> Words:
-    """A key of its own for each (key, number)."""
-    counter = np.atleast_1d(np.asarray(number)).astype(np.uint64) + np.uint64(1)
-    return _mix(keys + counter * np.uint64(0x9E3779B97F4A7C15))
-
-
-def _feistel(x: Words, a: Words, b: Words, keys: Words) -> Words:
-    """A permutation of [0, a b), elementwise: x = left b + right, each half in turn moved by the other."""
-    left, right = x // b, x % b
-    for number in range(ROUNDS):
-        round_keys = _fold(keys, number)
-        if number % 2 == 0:
-            left = (left + _mix(round_keys + right) % a) % a
+    def __init__(self, samples: int, window: int | None, key: int) -> None:
+        self.samples = samples
+        self.windows = max(1, round(samples / min(window or samples, samples)))
+        share = samples // self.windows
+        if self.windows == 1:
+            self.stretch, self.stretches = 1, samples
         else:
-            right = (right + _mix(round_keys + left) % b) % b
-    return left * b + right
+            self.stretches = min(share, max(STRETCHES, -(-share // LONGEST)))
+            self.stretch = share // self.stretches
+        self.window = share  # its stretches, and what is left of the share from the end of all
+        self._key = word(key)
+
+    def at(self, places: Ints) -> tuple[Ints, Ints]:
+        """(sample, epoch), each [P] int64, at places [P] of the stream."""
+        epochs, k = np.divmod(places, self.samples)
+        index = np.empty_like(k)
+        for start in range(0, len(k), CHUNK):
+            part = slice(start, start + CHUNK)
+            index[part] = self._index(k[part], _shared(epochs[part]))
+        return index, epochs
+
+    def _index(self, k: Ints, epochs: Ints) -> Ints:
+        """The sample at place k of an epoch; `epochs` as `k`, or [1].
+
+        The place is mixed within its window. Of S stretches in a window the i-th lies in the i-th of S equal parts
+        of the samples, so that each window holds what all of them hold. What makes no stretch is shared out one
+        by one, and fewer than one for each window stay last, so the samples are numbered from another one in each
+        epoch.
+        """
+        keys = fold(self._key, epochs)
+        number, place = np.divmod(k, self.window)
+        number = _shared(number)
+        sizes = _shared(np.minimum(self.window, self.samples - number * self.window))
+        slot = permute(place, sizes, fold(keys, number + 2))
+        if self.windows == 1:
+            return slot
+        windows, core = np.array([self.windows]), self.stretches * self.stretch
+        mixed = permute(np.minimum(number, windows - 1), windows, fold(keys, 0))
+        part, inside = np.divmod(slot, self.stretch)
+        turned = (mixed + (fold(fold(keys, 2), part) >> np.uint64(1)).astype(np.int64)) % windows
+        in_stretches = (part * windows + turned) * self.stretch + inside
+        single = windows * core + (slot - core) * windows + mixed
+        found = np.where(slot < core, in_stretches, single)
+        found = np.where(number < windows, found, number * self.window + slot)
+        start = (fold(keys, 1) % np.uint64(self.samples)).astype(np.int64)
+        index: Ints = (found + start) % self.samples
+        return index
 
 
-def permute(x: Ints, sizes: Ints, keys: Words) -> Ints:
-    """Where x [B] in [0, sizes) goes under the permutation of [0, sizes) that each key [B] names."""
-    n = sizes.astype(np.uint64)
-    a = np.ceil(np.sqrt(sizes)).astype(np.uint64)
-    b = (n + a - np.uint64(1)) // a  # n <= a b < n + a
-    y = _feistel(x.astype(np.uint64), a, b, keys)
-    while (outside := y >= n).any():  # walk on along the cycle until it is back inside
-        y[outside] = _feistel(y[outside], a[outside], b[outside], keys[outside])
-    return y.astype(np.int64)
+def _shared(values: Ints) -> Ints:
+    """[1] where all values are one, which the permutation is faster with."""
+    return values[:1] if len(values) and (values == values[0]).all() else values
 
 
-@dataclass(frozen=True)
 class Plan:
     """Which sample stands at which position of which global step.
 
-    samples       in the manifest
-    global_batch  samples of one optimizer step, over all ranks and accumulated micro-steps
-    window        samples that are mixed with each other; None mixes the whole epoch. A window is 64 stretches
-                  of window / 64 consecutive samples, taken from anywhere, so that reads stay near each other.
+    samples       how many there are, or [D, B]: of each of D sources in each of B buckets; a sample's index counts
+                  through the first source's buckets, then the second's, ...
+    global_batch  samples of one optimizer step, over all ranks and accumulated micro-steps; all of one bucket
+    window        about how many samples are mixed with each other; None mixes the whole epoch. A window is 64 or more
+                  stretches of at most 1024 consecutive samples, from equal parts of all samples, so that reads stay
+                  near each other.
+    weights       of the sources; None: as many as they have samples. A source's share of a bucket's batches is
+                  such that all samples of a source are visited equally often.
     """
 
-    samples: int
-    global_batch: int
-    seed: int
-    window: int | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("samples", "global_batch", "window"):
-            value = getattr(self, name)
+    def __init__(
+        self,
+        samples: int | Sequence[Sequence[int]] | Ints,
+        global_batch: int,
+        seed: int,
+        window: int | None = None,
+        weights: Sequence[float] | None = None,
+    ) -> None:
+        self.samples = np.atleast_2d(np.asarray(samples, dtype=np.int64))  # [D, B]
+        self.global_batch, self.seed, self.window = global_batch, seed, window
+        for name, value in (("samples", self.samples.sum(1).min()), ("global_batch", global_batch), ("window", window)):
             if value is not None and value < 1:
                 raise UserError(f"{name} must be at least 1, got {value}")
+        masses = bucket_masses(self.samples, weights)
+        if len(masses) > 1 and masses.min() < global_batch:
+            raise UserError(
+                f"a bucket has {masses.min()} samples, fewer than the {global_batch} of a global batch; "
+                "leave it out, or make the global batch smaller"
+            )
+        self.turns = Turns(masses, global_batch, seed)
+        self._shares = [Shares(r, global_batch, seed, b) for b, r in enumerate(source_shares(self.samples, weights).T)]
+        ends = np.cumsum(self.samples.ravel())
+        self._starts = ends - self.samples.ravel()  # of each lane (source, bucket), in the samples' index
+        self._streams = [  # one without samples is never asked
+            Stream(max(1, n), window, key(seed, "order", lane) if lane else key(seed, "order"))
+            for lane, n in enumerate(self.samples.ravel().tolist())
+        ]
 
     def step(self, step: int) -> tuple[Ints, Ints]:
         """(indices, epochs), each [global_batch] int64, of a global step."""
         return self.at(step, np.arange(self.global_batch, dtype=np.int64))
 
     def at(self, step: int, positions: Ints) -> tuple[Ints, Ints]:
-        """(indices, epochs), each [B] int64, at positions [B] of the global batch of a step."""
-        epochs, k = np.divmod(step * self.global_batch + positions, self.samples)
-        return self._index(k, epochs), epochs
+        """(indices, epochs), each [P] int64, at positions [P] of the global batch of a step."""
+        indices, epochs = self.at_many(np.array([step], dtype=np.int64), positions)
+        return indices[0], epochs[0]
 
-    def _index(self, k: Ints, epochs: Ints) -> Ints:
-        """The sample at place k of an epoch.
+    def at_many(self, steps: Ints, positions: Ints) -> tuple[Ints, Ints]:
+        """(indices, epochs), each [S, P] int64, at positions [P] of the global batches of steps [S].
 
-        The place is mixed within its window; the slot that results names a stretch, and the stretches are
-        mixed over the epoch. The last stretch, which may be short, stays last, so the samples are numbered
-        from another one in each epoch.
+        Hundreds of steps at once cost a few microseconds each, one alone some hundreds.
         """
-        window = min(self.window or self.samples, self.samples)
-        stretch = 1 if window == self.samples else max(1, window // STRETCHES)
-        window -= window % stretch
-        base = np.full(len(k), key(self.seed, "order") % (1 << 64), np.uint64)
-        keys = _fold(base, epochs)
-        number, place = np.divmod(k, window)
-        sizes = np.minimum(window, self.samples - number * window)
-        slot = number * window + permute(place, sizes, _fold(keys, number + 2))
-        if window == self.samples:
-            return slot
-        whole = self.samples // stretch
-        block, inside = np.divmod(slot, stretch)
-        mixed = permute(np.minimum(block, whole - 1), np.full(len(k), whole), _fold(keys, 0))
-        start = (_fold(keys, 1) % np.uint64(self.samples)).astype(np.int64)
-        index: Ints = (np.where(block < whole, mixed, block) * stretch + inside + start) % self.samples
-        return index
+        buckets, batches = self.turns.at(steps)
+        if len(self.samples) == 1:
+            places = batches[:, None] * self.global_batch + positions
+            lanes = np.broadcast_to(buckets[:, None], places.shape)
+        else:
+            pairs = zip(buckets.tolist(), batches.tolist(), strict=True)
+            taken = [self._shares[bucket].at(batch, positions) for bucket, batch in pairs]
+            places = np.stack([place for _, place in taken])
+            lanes = np.stack([source for source, _ in taken]) * self.samples.shape[1] + buckets[:, None]
+        indices, epochs = np.empty_like(places), np.empty_like(places)
+        for lane in np.unique(lanes):
+            here: Any = lanes == lane if self.samples.size > 1 else slice(None)
+            found, epoch = self._streams[lane].at(places[here].ravel())
+            indices[here] = (found + self._starts[lane]).reshape(indices[here].shape)
+            epochs[here] = epoch.reshape(epochs[here].shape)
+        return indices, epochs
+
+    def bucket(self, step: int) -> int:
+        """The bucket that all of a global step's samples are of."""
+        return int(self.turns.at(np.array([step], dtype=np.int64))[0][0])
+
+    def lane(self, source: int, bucket: int) -> range:
+        """The indices of a source's samples in a bucket."""
+        start = int(self._starts[source * self.samples.shape[1] + bucket])
+        return range(start, start + int(self.samples[source, bucket]))
 
     def rank_slice(self, rank: int, world: int, micro: int, accumulation: int = 1) -> Ints:
         """Positions [accumulation, micro] of the global batch that a rank takes, the same in every step.
@@ -123,6 +173,30 @@ class Plan:
                 f"{accumulation} accumulated micro-steps (rank {rank}); change one of them"
             )
         return np.arange(self.global_batch, dtype=np.int64).reshape(accumulation, world, micro)[:, rank]
+
+
+def _visits(samples: Ints, weights: Sequence[float] | None) -> NDArray[np.float64]:
+    """What each source's part of each bucket [D, B] is of all visits; sums to one."""
+    totals = samples.sum(1)
+    rates = totals.astype(np.float64) if weights is None else np.asarray(weights, dtype=np.float64)
+    found: NDArray[np.float64] = (rates / rates.sum() / totals)[:, None] * samples
+    return found
+
+
+def bucket_masses(samples: Ints, weights: Sequence[float] | None = None) -> Ints:
+    """The samples of each bucket [B] in an epoch of as many visits as there are samples [D, B]."""
+    if weights is None or len(samples) == 1:
+        counts: Ints = samples.sum(0)
+        return counts
+    masses: Ints = np.rint(_visits(samples, weights).sum(0) * samples.sum()).astype(np.int64)
+    return masses
+
+
+def source_shares(samples: Ints, weights: Sequence[float] | None = None) -> NDArray[np.float64]:
+    """What each source is of each bucket's batches [D, B]; columns sum to one."""
+    visits = _visits(samples, weights)
+    found: NDArray[np.float64] = visits / np.maximum(visits.sum(0), np.finfo(np.float64).tiny)
+    return found
 
 
 def micro_batch(global_batch: int, world: int, accumulation: int) -> int:

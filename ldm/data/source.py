@@ -1,4 +1,4 @@
-"""What there is to pack: pictures with their captions, from a folder or a table."""
+"""What there is to pack: pictures with their captions, from a folder, a table or shards."""
 
 import csv
 import hashlib
@@ -13,36 +13,62 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from ldm.data.packable import Encode, Packable, as_json, member_bytes, picture_facts
+from ldm.data.reshard import is_shards, read_shards
 from ldm.data.tar import IMAGE_KINDS
 from ldm.errors import UserError
 
 Captioner = Callable[[str], str | None]
+TABLES = (".csv", ".jsonl", ".parquet")
+FACTS_bytes = 200  # of a JSON part: width, height, sha256 and their names
+PARQUET_rows = 10_000  # read at a time
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A picture to pack: its file, its key in the shard, its caption, what else is known of it."""
+    """A picture file with its caption, and what else is known of it."""
 
     path: str
     key: str
     caption: str
     facts: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def tar_bytes(self) -> int:
+        described = len(json.dumps(self.facts)) + 2 * len(self.caption.encode()) + FACTS_bytes
+        return sum(member_bytes(self.key, size) for size in (os.path.getsize(self.path), described, described))
 
-def read_source(source: Path, caption_from: str | None = None) -> tuple[list[Entry], Counter[str]]:
-    """The entries of a folder or a table, sorted by key, and how many were left out by reason.
+    def identity(self) -> list[Any]:
+        return [self.key, self.caption, self.facts]
 
-    Raises UserError where there is no such source, the table lacks a column or a file, or the function fails.
+    def parts(self, encode: Encode, touched: bool) -> dict[str, bytes]:
+        stored, extension, size = encode(Path(self.path).read_bytes())
+        facts = self.facts | {"caption": self.caption} | picture_facts(stored, size)
+        return {extension: stored, "txt": self.caption.encode(), "json": as_json(facts)}
+
+
+def read_source(
+    source: str | Path, caption_from: str | None = None, allow_damaged: bool = False
+) -> tuple[list[Packable], Counter[str]]:
+    """The samples of a folder, a table or shards, and how many were left out by reason.
+
+    Those of a folder or table are sorted by key, those of shards stay in their order. Raises UserError where there
+    is no such source, the table lacks a column or a file, the function fails, or a shard is damaged.
     """
+    if is_shards(source):
+        if caption_from:
+            raise UserError(f"{source} has its own captions; --caption-from is for a folder of pictures")
+        return read_shards(source, allow_damaged)
+    source = Path(source)
     captioner = _captioner(caption_from) if caption_from else None
     if source.is_dir():
         found = _folder(source, captioner)
-    elif source.suffix in (".csv", ".jsonl") and source.is_file():
+    elif source.suffix in TABLES and source.is_file():
         if captioner:
             raise UserError(f"{source} has its own captions; --caption-from is for a folder")
         found = _table(source)
     else:
-        raise UserError(f"{source} is no folder and no .csv or .jsonl table")
+        raise UserError(f"{source} is no folder and no {', '.join(TABLES)} table or .tar shards that are there")
     left_out: Counter[str] = Counter()
     entries = []
     for entry in found:
@@ -50,7 +76,7 @@ def read_source(source: Path, caption_from: str | None = None) -> tuple[list[Ent
             entries.append(entry)
         else:
             left_out["without caption"] += 1
-    return sorted(_unique(entries), key=lambda entry: entry.key), left_out
+    return [*sorted(_unique(entries), key=lambda entry: entry.key)], left_out
 
 
 def _captioner(name: str) -> Captioner:
@@ -101,17 +127,36 @@ def _beside(path: Path) -> tuple[str, dict[str, Any]]:
 
 def _table(table: Path) -> Iterator[Entry]:
     """The rows of a table; every further column is kept."""
+    for number, row in enumerate(_rows(table), 1):
+        lacking = [column for column in ("path", "caption") if column not in row]
+        if lacking:
+            raise UserError(f"{table}, row {number} lacks {' and '.join(lacking)}; it has {', '.join(row)}")
+        path = table.parent / str(row["path"])
+        if not path.is_file():
+            raise UserError(f"{table}, row {number}: {path} does not exist; paths are relative to the table")
+        facts = {name: value for name, value in row.items() if name not in ("path", "caption", None)}
+        yield Entry(str(path), str(Path(row["path"]).with_suffix("")), str(row["caption"] or "").strip(), facts)
+
+
+def _rows(table: Path) -> Iterator[dict[str, Any]]:
+    if table.suffix == ".parquet":
+        yield from _parquet_rows(table)
+        return
     with table.open(newline="", encoding="utf-8") as file:
-        rows = csv.DictReader(file) if table.suffix == ".csv" else _json_rows(file, table)
-        for number, row in enumerate(rows, 1):
-            lacking = [column for column in ("path", "caption") if column not in row]
-            if lacking:
-                raise UserError(f"{table}, row {number} lacks {' and '.join(lacking)}; it has {', '.join(row)}")
-            path = table.parent / row["path"]
-            if not path.is_file():
-                raise UserError(f"{table}, row {number}: {path} does not exist; paths are relative to the table")
-            facts = {name: value for name, value in row.items() if name not in ("path", "caption", None)}
-            yield Entry(str(path), str(Path(row["path"]).with_suffix("")), (row["caption"] or "").strip(), facts)
+        yield from csv.DictReader(file) if table.suffix == ".csv" else _json_rows(file, table)
+
+
+def _parquet_rows(table: Path) -> Iterator[dict[str, Any]]:
+    try:
+        from pyarrow import parquet
+    except ImportError as error:
+        raise UserError(f"{table} needs pyarrow: pip install 'ldm[parquet]', or write it as .csv or .jsonl") from error
+    try:
+        batches = parquet.ParquetFile(table).iter_batches(PARQUET_rows)
+    except ValueError as error:  # pyarrow's ArrowInvalid
+        raise UserError(f"{table} is no Parquet table: {error}") from error
+    for batch in batches:
+        yield from batch.to_pylist()
 
 
 def _json_rows(lines: Iterator[str] | Any, table: Path) -> Iterator[dict[str, Any]]:

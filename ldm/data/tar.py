@@ -1,149 +1,58 @@
-"""The samples of one tar shard, found from its headers alone: where each part lies, and what is wrong.
+"""The samples of one tar shard, found from its headers: where each part lies, and what is wrong.
 
-The header is POSIX.1-1988 ustar; long names come as GNU "L" members or as pax records (POSIX.1-2001).
 Grouping is webdataset's: a sample's key is its members' path up to the first dot of the base name, and its
 members follow one another.
 """
 
 import hashlib
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ldm.data.shards import ShardFile, open_shard
+from ldm.data.header import picture_size
+from ldm.data.members import Ahead, Member, TornTar, members, split_name
+from ldm.data.numbers import Numbers, number
+from ldm.data.picture import MAX_bytes, MAX_pixels
+from ldm.data.remote import Remote
+from ldm.data.shards import Shard, open_shard
+from ldm.errors import UserError
 
-BLOCK_bytes = 512
-AHEAD_bytes = 4096
 IMAGE_KINDS = ("jpg", "jpeg", "png", "webp")
 LATENTS = "latents.safetensors"  # what a first stage made of a picture stands in its place
 PICTURE_KINDS = (*IMAGE_KINDS, LATENTS)
 NO_CAPTION, TEXT_CAPTION, JSON_CAPTION = 0, 1, 2
+MAX_text_bytes = 1 << 20  # of a text or a JSON part
+HEAD_bytes = 2048  # of a picture, kept until its JSON part has been seen
+
 DAMAGE = ("truncated", "interleaved", "duplicate")
-PROBLEMS = (*DAMAGE, "no picture", "no caption")
+LEFT_OUT = ("oversized", "gigapixel")
+PROBLEMS = (*DAMAGE, *LEFT_OUT, "no picture", "unreadable picture", "no caption")
 
 COLUMNS: dict[str, type[np.generic]] = {
     "image_offset": np.int64,
-    "image_size": np.int64,
+    "image_size": np.int32,
     "image_kind": np.uint8,
     "text_offset": np.int64,
-    "text_size": np.int64,
+    "text_size": np.int32,
     "json_offset": np.int64,
-    "json_size": np.int64,
+    "json_size": np.int32,
     "caption": np.uint8,
     "width": np.int32,
     "height": np.int32,
 }
 
 
-class TornTar(Exception):
-    """A tar file that ends or stops making sense before its end-of-archive block."""
-
-
-class Member(NamedTuple):
-    """A file in a tar: its name, the offset of its first byte, its size in bytes."""
-
-    name: str
-    offset: int
-    size: int
-
-
-class _Ahead:
-    """Reads small ranges through a window of a few kilobytes, as headers and captions lie close together."""
-
-    def __init__(self, shard: ShardFile) -> None:
-        self.shard = shard
-        self.start = 0
-        self.bytes = b""
-
-    def read(self, offset: int, size: int) -> bytes:
-        at = offset - self.start
-        if at < 0 or at + size > len(self.bytes):
-            self.start, self.bytes, at = offset, self.shard.read(offset, max(size, AHEAD_bytes)), 0
-        return self.bytes[at : at + size]
-
-
-def _number(text: bytes) -> int:
-    """A header's number: octal digits, or base 256 where the first bit is set (GNU, for 8 GiB and more)."""
-    if text[0] & 0x80:
-        return int.from_bytes(text, "big") & ((1 << (8 * len(text) - 1)) - 1)
-    return int(text.rstrip(b" \0").lstrip() or b"0", 8)
-
-
-def _pax(records: bytes) -> dict[str, str]:
-    """The "length key=value" records of an extended header."""
-    found: dict[str, str] = {}
-    while records:
-        length, _, rest = records.partition(b" ")
-        if not length.isdigit() or int(length) <= len(length) + 1:
-            break
-        name, _, value = rest[: int(length) - len(length) - 2].partition(b"=")
-        found[name.decode("utf-8", "replace")] = value.decode("utf-8", "replace")
-        records = records[int(length) :]
-    return found
-
-
-def _name(header: bytes) -> str:
-    name = header[:100].split(b"\0", 1)[0]
-    prefix = header[345:500].split(b"\0", 1)[0] if header[257:263] == b"ustar\0" else b""
-    return (prefix + b"/" + name if prefix else name).decode("utf-8", "replace")
-
-
-def _check(header: bytes, offset: int, end: int) -> None:
-    """Raises TornTar unless this is a header with the right sum (its own field as blanks)."""
-    if len(header) < BLOCK_bytes:
-        raise TornTar(f"the file ends at byte {end} without an end-of-archive block")
-    try:
-        stated = _number(header[148:156])
-    except ValueError:
-        stated = -1
-    if sum(header) - sum(header[148:156]) + 8 * ord(" ") != stated:
-        raise TornTar(f"byte {offset} is no tar header")
-
-
-def members(shard: ShardFile, ahead: _Ahead | None = None) -> Iterator[Member]:
-    """The regular files of a tar, in order. Raises TornTar where it is cut or broken."""
-    ahead = ahead or _Ahead(shard)
-    offset, extended = 0, dict[str, str]()
-    while any(header := ahead.read(offset, BLOCK_bytes)) or not header:
-        _check(header, offset, shard.size)
-        kind, data = header[156:157], offset + BLOCK_bytes
-        regular = kind in b"0\x007"
-        size = int(extended["size"]) if regular and "size" in extended else _number(header[124:136])
-        name = extended.get("path") or _name(header)
-        if data + size > shard.size:
-            raise TornTar(f"{name} should end at byte {data + size}, the file ends at {shard.size}")
-        if kind == b"L":
-            extended["path"] = ahead.read(data, size).split(b"\0", 1)[0].decode("utf-8", "replace")
-        elif kind == b"x":
-            extended.update(_pax(ahead.read(data, size)))
-        elif kind not in b"gK":
-            extended = {}
-            if regular:
-                yield Member(name, data, size)
-        offset = data + -(-size // BLOCK_bytes) * BLOCK_bytes
-
-
-def split_name(name: str) -> tuple[str, str] | None:
-    """(key, extension) as webdataset splits a member's name; None for what it leaves out."""
-    folder, slash, base = name.rpartition("/")
-    stem, dot, extension = base.partition(".")
-    if not stem or not dot or (stem.startswith("__") and stem.endswith("__")):
-        return None
-    return folder + slash + stem, extension.lower()
-
-
 @dataclass
 class ShardScan:
-    """What a shard holds: COLUMNS of its whole samples, their keys, and what was wrong."""
+    """What a shard holds: COLUMNS of its whole samples, their JSON's numbers, their keys, what was wrong."""
 
     path: str
     size_bytes: int
     mtime_ns: int
     columns: dict[str, NDArray[np.generic]]
+    numbers: dict[str, NDArray[np.float64]]
     keys: list[bytes]
     problems: dict[str, int]
     examples: list[str]
@@ -153,86 +62,143 @@ class ShardScan:
         return hashlib.blake2b(b"\n".join(self.keys), digest_size=16).hexdigest()
 
 
+@dataclass(slots=True)
+class _Open:
+    """The sample whose members are passing by."""
+
+    key: str
+    start: str = ""  # of the names of its members
+    parts: dict[str, Member] = field(default_factory=dict)
+    repeated: str = ""  # an extension that came twice
+    image: str = ""  # the extension of its first picture
+    head: bytes = b""  # of the picture
+    described: bytes = b""  # the JSON part
+
+
 @dataclass
 class _Grouping:
     """The samples of a tar as its members pass by."""
 
-    ahead: _Ahead
+    ahead: Ahead
     rows: list[tuple[int, ...] | None] = field(default_factory=list)
     keys: list[str] = field(default_factory=list)
-    seen: dict[str, tuple[int | None, frozenset[str]]] = field(default_factory=dict)
+    blind: set[str] = field(default_factory=set)  # keys without a picture
+    numbers: Numbers = field(default_factory=Numbers)
+    seen: dict[str, tuple[int | None, dict[str, Member]]] = field(default_factory=dict)
     problems: dict[str, int] = field(default_factory=lambda: dict.fromkeys(PROBLEMS, 0))
     examples: list[str] = field(default_factory=list)
 
     def problem(self, kind: str, what: str) -> None:
+        """Counts one of DAMAGE or LEFT_OUT."""
         self.problems[kind] += 1
-        if kind in DAMAGE and len(self.examples) < 5:
+        if len(self.examples) < 5:
             self.examples.append(f"{kind}: {what}")
 
-    def close(self, key: str, parts: dict[str, Member], repeated: str) -> None:
-        """Ends the sample `key` with its parts by extension; `repeated` is an extension that came twice."""
-        row, extensions = self.seen.get(key, (None, frozenset[str]()))
-        if repeated or extensions & parts.keys():
-            self.problem("duplicate", f"{key}.{repeated or min(extensions & parts.keys())} is there twice")
-        elif extensions:
-            self.problem("interleaved", f"the parts of {key} do not follow one another")
-        if repeated or extensions:  # neither copy is to be trusted
+    def add(self, sample: _Open, extension: str, member: Member) -> None:
+        """Takes a member into its sample, while its first bytes are at hand."""
+        if extension in sample.parts:
+            sample.repeated = extension
+        sample.parts[extension] = member
+        if extension == "json":
+            sample.described = self.ahead.read(member.offset, min(member.size, MAX_text_bytes))
+        elif extension in PICTURE_KINDS and not sample.image:
+            sample.image = extension
+            sample.head = self.ahead.peek(member.offset, min(member.size, HEAD_bytes))
+
+    def close(self, sample: _Open) -> None:
+        """Ends a sample: it becomes a row, or a problem."""
+        key, parts = sample.key, sample.parts
+        if sample.repeated or key in self.seen:  # neither copy is to be trusted
+            row, before = self.seen.get(key, (None, {}))
+            both = before.keys() & parts.keys()
+            if sample.repeated or both:
+                self.problem("duplicate", f"{key}.{sample.repeated or min(both)} is there twice")
+            else:
+                self.problem("interleaved", f"the parts of {key} do not follow one another")
             if row is not None:
                 self.rows[row] = None
-            self.seen[key] = (None, extensions | parts.keys())
+            self.seen[key] = (None, before | parts)
+            self.blind.discard(key)
             return
-        columns = self._columns(parts)
-        if columns is None:
-            self.problem("no picture", key)
-            self.seen[key] = (None, frozenset(parts))
-            return
-        if columns[7] == NO_CAPTION:
-            self.problem("no caption", key)
-        self.seen[key] = (len(self.rows), frozenset(parts))
-        self.rows.append(columns)
-        self.keys.append(key)
+        columns = self._columns(sample)
+        self.seen[key] = (None if columns is None else len(self.rows), parts)
+        if columns is not None:
+            self.rows.append(columns)
+            self.keys.append(key)
 
-    def _columns(self, parts: dict[str, Member]) -> tuple[int, ...] | None:
-        """One row in the order of COLUMNS; None without a picture. An absent part has size -1."""
-        image = next((part for part in parts if part in PICTURE_KINDS), None)
-        if image is None:
+    def _columns(self, sample: _Open) -> tuple[int, ...] | None:
+        """One row in the order of COLUMNS; None for what is left out. An absent part has size -1."""
+        key, parts = sample.key, sample.parts
+        if not sample.image:
+            self.blind.add(key)
             return None
         absent = Member("", 0, -1)
-        text, described = parts.get("txt", absent), parts.get("json", absent)
-        facts = self._json(described) if described.size > 0 else {}
+        picture, text, described = parts[sample.image], parts.get("txt", absent), parts.get("json", absent)
+        for part, limit in ((picture, MAX_bytes), (text, MAX_text_bytes), (described, MAX_text_bytes)):
+            if part.size > limit:
+                self.problem("oversized", f"{part.name} has {part.size} bytes, more than {limit}")
+                return None
+        facts = _object(sample.described)
+        width, height = self._size(sample, picture, facts)
+        if width * height > MAX_pixels:
+            self.problem("gigapixel", f"{picture.name} has {width} x {height} pixels, more than {MAX_pixels}")
+            return None
         spoken = isinstance(facts.get("caption"), str) and bool(facts["caption"])
         caption = TEXT_CAPTION if text.size > 0 else JSON_CAPTION if spoken else NO_CAPTION
-        width, height = (v if isinstance(v := facts.get(k), int) else 0 for k in ("width", "height"))
-        picture = (parts[image].offset, parts[image].size, PICTURE_KINDS.index(image))
+        self.numbers.add(facts)
         places = (text.offset, text.size, described.offset, described.size)
-        return (*picture, *places, caption, width, height)
+        return (picture.offset, picture.size, PICTURE_KINDS.index(sample.image), *places, caption, width, height)
 
-    def _json(self, member: Member) -> dict[str, object]:
-        try:
-            facts = json.loads(self.ahead.read(member.offset, member.size))
-        except ValueError:
-            return {}
-        return facts if isinstance(facts, dict) else {}
+    def _size(self, sample: _Open, picture: Member, facts: dict[str, object]) -> tuple[int, int]:
+        """(width, height) as the JSON states them, else as the picture's header does; (0, 0): not known."""
+        width, height = facts.get("width"), facts.get("height")
+        if not (type(width) is int and type(height) is int):
+            width, height = number(width), number(height)
+        if picture.size > 0 and width >= 1 and height >= 1 and width * height <= MAX_pixels:
+            return int(width), int(height)
+
+        def read(offset: int, size: int) -> bytes:
+            if offset + size <= len(sample.head):
+                return sample.head[offset : offset + size]
+            return self.ahead.shard.read(picture.offset + offset, max(0, min(size, picture.size - offset)))
+
+        return picture_size(read) or (0, 0)
 
 
-def scan_shard(path: str) -> ShardScan:
-    """Reads a shard's headers and JSON parts once. Damage is counted, never raised."""
-    shard = open_shard(path)
-    grouping = _Grouping(_Ahead(shard))
-    key, parts, repeated = "", dict[str, Member](), ""
+def _object(described: bytes) -> dict[str, object]:
+    if not described:
+        return {}
+    try:
+        facts = json.loads(str(described, "utf-8"))
+    except (ValueError, RecursionError):
+        return {}
+    return facts if isinstance(facts, dict) else {}
+
+
+def scan_shard(path: str, remote: Remote | None = None) -> ShardScan:
+    """Reads a shard's headers and JSON parts once, a remote one's by ranges. Damage is counted, never raised."""
+    shard = open_shard(path, replace(remote, shard_cache=None) if remote else None)
+    grouping = _Grouping(Ahead(shard))
+    sample = _Open("")
     try:
         for member in members(shard, grouping.ahead):
-            named = split_name(member.name)
+            name = member.name
+            if sample.start and name.startswith(sample.start):  # as most are: the key is known
+                extension = name[len(sample.start) :]
+                if "/" not in extension:
+                    grouping.add(sample, extension.lower(), member)
+                    continue
+            named = split_name(name)
             if named is None:
                 continue
-            if named[0] != key:
-                if parts:
-                    grouping.close(key, parts, repeated)
-                key, parts, repeated = named[0], {}, ""
-            repeated = named[1] if named[1] in parts else repeated
-            parts[named[1]] = member
-        if parts:
-            grouping.close(key, parts, repeated)
+            if sample.parts:
+                grouping.close(sample)
+            sample = _Open(named[0], named[0] + ".")
+            grouping.add(sample, named[1], member)
+        if sample.parts:
+            grouping.close(sample)
+    except UserError:
+        raise
     except (TornTar, ValueError) as torn:  # a cut file, a broken number; the sample at the tear is left out
         grouping.problem("truncated", str(torn))
     finally:
@@ -240,15 +206,22 @@ def scan_shard(path: str) -> ShardScan:
     return _as_scan(shard, grouping)
 
 
-def _as_scan(shard: ShardFile, grouping: _Grouping) -> ShardScan:
-    kept = [(key, row) for key, row in zip(grouping.keys, grouping.rows, strict=True) if row is not None]
-    table = np.array([row for _, row in kept], dtype=np.int64).reshape(-1, len(COLUMNS))
+def _as_scan(shard: Shard, grouping: _Grouping) -> ShardScan:
+    kept = [i for i, row in enumerate(grouping.rows) if row is not None]
+    table = np.array([grouping.rows[i] for i in kept], dtype=np.int64).reshape(-1, len(COLUMNS))
+    columns = {name: table[:, i].astype(kind) for i, (name, kind) in enumerate(COLUMNS.items())}
+    counted = {
+        "no picture": len(grouping.blind),
+        "unreadable picture": int((columns["width"] == 0).sum()),
+        "no caption": int((columns["caption"] == NO_CAPTION).sum()),
+    }
     return ShardScan(
         path=shard.path,
         size_bytes=shard.size,
         mtime_ns=shard.mtime_ns,
-        columns={name: table[:, i].astype(kind) for i, (name, kind) in enumerate(COLUMNS.items())},
-        keys=[key.encode() for key, _ in kept],
-        problems=grouping.problems,
+        columns=columns,
+        numbers=grouping.numbers.columns(kept),
+        keys=[grouping.keys[i].encode() for i in kept],
+        problems=grouping.problems | counted,
         examples=grouping.examples,
     )

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from ldm.data.datamodule import ShardDataModule
-from ldm.data.fetch import View
 from ldm.first_stage.autoencoder import FirstStage
 from ldm.randomness import key
 from ldm.training.frozen import FrozenPart, frozen_parts, leave_out, put_back
@@ -60,7 +59,8 @@ class TrainingModule(pl.LightningModule):
         """UserError where the first stage can't divide the pictures' size, or latents are not by `fingerprint`."""
         datamodule = getattr(self.trainer, "datamodule", None)
         if isinstance(datamodule, ShardDataModule):
-            first_stage.check_size(*View.of(datamodule.size).size)
+            for size in datamodule.sizes:
+                first_stage.check_size(*size)
             datamodule.check_first_stage(fingerprint)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:

@@ -8,7 +8,8 @@ import pytorch_lightning as pl
 import torch
 
 from ldm.data.batch import Batch
-from ldm.data.datamodule import ShardDataModule, ShardSource
+from ldm.data.datamodule import ShardDataModule
+from ldm.data.shard_source import ShardSource
 from ldm.data.shards import write_shard
 from ldm.errors import UserError
 from tests.data.make import sample, shards

@@ -1,3 +1,4 @@
+import json
 import os
 import pickle
 from concurrent.futures import ThreadPoolExecutor
@@ -6,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ldm.data import index
+from ldm.data import columns, index
 from ldm.data.index import index_shards, load_manifest, main
 from ldm.data.shards import write_shard
 from ldm.errors import UserError
-from tests.data.make import sample, shards
+from tests.data.make import picture, sample, shards
 
 
 def cut(path: str) -> None:
@@ -31,9 +32,65 @@ def test_the_manifest_finds_every_sample(tmp_path: Path) -> None:
         assert data[start : start + int(manifest.image_size[i])] == sample(i, (18, 16))[1]["png"]
 
 
+def described(folder: Path, rows: list[dict[str, object]], per_shard: int = 3) -> str:
+    """Shards whose samples have these JSON parts."""
+    for number, start in enumerate(range(0, len(rows), per_shard)):
+        held = range(start, min(start + per_shard, len(rows)))
+        parts = ((f"{i}", {"png": picture(i), "txt": b"x", "json": json.dumps(rows[i]).encode()}) for i in held)
+        write_shard(folder / f"{number:05d}.tar", parts)
+    return str(folder)
+
+
+def test_numbers_of_the_json_are_columns(tmp_path: Path) -> None:
+    rows: list[dict[str, object]] = [{"score": i / 10, "width": 64, "height": "48"} for i in range(3)]
+    rows += [{"late/name": str(i), "ok": i % 2 == 0} for i in range(3, 8)]
+    manifest = load_manifest(described(tmp_path, rows))
+    assert manifest.columns == ("width", "height", "score", "ok", "late/name")
+    nan = np.nan
+    np.testing.assert_array_equal(manifest.column("score"), [0, 0.1, 0.2, *[nan] * 5])
+    np.testing.assert_array_equal(manifest.column("late/name"), [*[nan] * 3, 3, 4, 5, 6, 7])
+    np.testing.assert_array_equal(manifest.column("ok"), [*[nan] * 3, 0, 1, 0, 1, 0])
+    np.testing.assert_array_equal(manifest.column("width"), [64] * 3 + [16] * 5)  # else the picture's own
+    np.testing.assert_array_equal(manifest.column("height"), [48] * 3 + [16] * 5)
+    assert all(manifest.column(name).dtype == np.float64 for name in manifest.columns)
+    assert all(isinstance(manifest.column(name).base, np.memmap) for name in manifest.columns)
+
+
+def test_a_size_that_is_not_known_is_nan(tmp_path: Path) -> None:
+    write_shard(tmp_path / "a.tar", [("a", {"jpg": b"no picture", "txt": b"x"}), sample(1)])
+    np.testing.assert_array_equal(load_manifest(tmp_path).column("width"), [np.nan, 16])
+
+
+def test_an_unknown_column_names_the_nearest(tmp_path: Path) -> None:
+    manifest = load_manifest(described(tmp_path, [{"AESTHETIC_SCORE": 5.0}]))
+    with pytest.raises(UserError, match=r"no numeric column AESTETIC_SCORE; did you mean AESTHETIC_SCORE\?"):
+        manifest.column("AESTETIC_SCORE")
+
+
+def test_columns_beyond_the_limit_are_left_out_and_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(columns, "MAX_columns", 4)
+    manifest = load_manifest(described(tmp_path, [{"a": 1, "b": 2}, {"c": 3}, {"c": 4}, {"d": 5}]))
+    assert manifest.columns == ("width", "height", "a", "b")
+    assert json.loads((manifest.folder / "manifest.json").read_text())["columns_left_out"] == ["c", "d"]
+
+
+def test_a_manifest_of_another_version_is_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = shards(tmp_path, 5)
+    monkeypatch.setattr(index, "VERSION", index.VERSION - 1)
+    before = index_shards(folder).folder
+    monkeypatch.undo()
+    after = index_shards(folder)
+    assert after.folder != before and not before.exists() and after.columns == ("width", "height")
+
+
+def test_two_lists_in_one_folder_keep_their_manifests(tmp_path: Path) -> None:
+    one, two = (index_shards(shards(tmp_path / name, 5), tmp_path / "kept") for name in ("a", "b"))
+    assert one.folder != two.folder and one.folder.is_dir() and two.folder.is_dir()
+
+
 def test_columns_are_memory_mapped_and_travel_as_a_path(tmp_path: Path) -> None:
     manifest = load_manifest(shards(tmp_path, 5))
-    assert isinstance(manifest.image_offset, np.memmap)
+    assert isinstance(manifest.image_offset.base, np.memmap)
     sent = pickle.dumps(manifest)
     assert len(sent) < 500
     assert pickle.loads(sent).key(4) == "000004"

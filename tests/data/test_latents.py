@@ -11,9 +11,11 @@ import torch
 import webdataset
 from torch import Tensor
 
+from ldm.data.buckets import Sizes
 from ldm.data.cache import Encoders, Work, write_latents
-from ldm.data.datamodule import ShardDataModule, ShardSource
-from ldm.data.latents import LatentRecord, LatentSource, read_record, unpack
+from ldm.data.datamodule import ShardDataModule
+from ldm.data.latents import LatentRecord, LatentSource, read_record, summary, unpack
+from ldm.data.shard_source import ShardSource
 from ldm.data.shards import write_shard
 from ldm.errors import UserError
 from tests.data import make
@@ -27,7 +29,9 @@ def encode(images: Tensor) -> Tensor:
 
 def record(source: ShardSource, size: int = 16, variants: int = 1, first_stage: str = "a" * 16) -> LatentRecord:
     fingerprint = source.manifest().fingerprint
-    return LatentRecord(first_stage, fingerprint, (size, size), variants, source.random_crop, source.flip, 5)
+    return LatentRecord(
+        first_stage, fingerprint, ((size, size),), source.where, "exact", variants, source.random_crop, source.flip, 5
+    )
 
 
 def write(source: ShardSource, out: Path, variants: int = 1, work: Work | None = None) -> LatentSource:
@@ -43,8 +47,8 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_latents_stand_in_the_pictures_place_with_their_text_and_json(tmp_path: Path) -> None:
     source = ShardSource(make.shards(tmp_path / "pictures", 25, size=(40, 20)))
     cached = write(source, tmp_path / "latents")
-    pictures = source.fetcher(source.manifest(), 16, 0, 0)
-    latents = cached.fetcher(cached.manifest(), 16, 0, 0)
+    pictures = source.fetcher(source.manifest(), [(16, 16)], 0)
+    latents = cached.fetcher(cached.manifest(), [(16, 16)], 0)
     for index in range(25):
         true, made = pictures(index), latents(index)
         wanted = encode(true.image[None])[0].half().numpy()
@@ -55,6 +59,10 @@ def test_latents_stand_in_the_pictures_place_with_their_text_and_json(tmp_path: 
     facts = json.loads((tmp_path / "latents" / "latents.json").read_text())
     assert (facts["samples"], facts["left_out"], facts["finished"]) == (25, 0, True)
     assert facts["bytes"] == sum(path.stat().st_size for path in (tmp_path / "latents").glob("*.tar"))
+    each = facts["bytes"] / 25
+    assert f"25 samples of {each:.0f} bytes, 0 left out; {facts['pictures_per_second']}" in summary(
+        tmp_path / "latents"
+    )
 
 
 def test_webdataset_reads_them(tmp_path: Path) -> None:
@@ -89,8 +97,8 @@ def test_shares_and_an_interruption_give_the_same_bytes(tmp_path: Path) -> None:
 def test_a_visit_draws_one_of_the_variants_and_each_is_what_the_picture_gives(tmp_path: Path) -> None:
     source = ShardSource(make.shards(tmp_path / "pictures", 10, size=(40, 24)), random_crop=True, flip=True)
     cached = write(source, tmp_path / "latents", variants=4)
-    pictures = source.fetcher(source.manifest(), 16, 5, 0)
-    latents = cached.fetcher(cached.manifest(), 16, 9, 0)
+    pictures = source.fetcher(source.manifest(), [(16, 16)], 5)
+    latents = cached.fetcher(cached.manifest(), [(16, 16)], 9)
     for index in range(10):
         variants = [encode(pictures(index, v).image[None])[0].half().numpy() for v in range(4)]
         crops = [pictures(index, v).crop for v in range(4)]
@@ -130,9 +138,13 @@ def test_another_first_stage_is_refused(tmp_path: Path) -> None:
 def test_other_sizes_and_folders_are_refused(tmp_path: Path) -> None:
     source = ShardSource(make.shards(tmp_path / "pictures", 4))
     cached = write(source, tmp_path / "latents")
-    with pytest.raises(UserError, match=r"data.size=32.*16x16"):
-        cached.fetcher(cached.manifest(), 32, 0, 0)
+    with pytest.raises(UserError, match=r"16x16, none of 32x32"):
+        cached.fetcher(cached.manifest(), [(32, 32)], 0)
     with pytest.raises(UserError, match="other latents"):
+        write_latents(source, record(source, size=32), Encoders(encode), tmp_path / "latents", Work())
+    facts = json.loads((tmp_path / "latents" / "latents.json").read_text())
+    (tmp_path / "latents" / "latents.json").write_text(json.dumps(facts | {"finished": False}))
+    with pytest.raises(UserError, match=r"other latents \(sizes \[\[16, 16\]\], wanted \[\[32, 32\]\]\)"):
         write_latents(source, record(source, size=32), Encoders(encode), tmp_path / "latents", Work())
     with pytest.raises(UserError, match="no cached latents"):
         LatentSource(str(tmp_path / "pictures")).manifest()
@@ -141,9 +153,9 @@ def test_other_sizes_and_folders_are_refused(tmp_path: Path) -> None:
 
 def test_a_frozen_crop_is_refused() -> None:
     with pytest.raises(UserError, match="freeze"):
-        LatentRecord("a", "b", (16, 16), variants=1, random_crop=True)
+        LatentRecord("a", "b", ((16, 16),), variants=1, random_crop=True)
     with pytest.raises(UserError, match="all be the same"):
-        LatentRecord("a", "b", (16, 16), variants=3)
+        LatentRecord("a", "b", ((16, 16),), variants=3)
 
 
 def test_bad_pictures_are_left_out_counted_and_too_many_stop_it(tmp_path: Path) -> None:
@@ -188,3 +200,81 @@ def test_states_of_captions_are_kept_and_the_one_that_is_chosen_comes_back(tmp_p
         captions, states = batch.fields["caption"], batch.fields["text-x.tokens"]
         assert isinstance(states, Tensor) and states.dtype == torch.float16
         assert states.tolist() == [[[float(len(c)), float(ord(c[-1]))]] for c in captions]
+
+
+def test_every_caption_that_a_visit_may_draw_has_its_states(tmp_path: Path) -> None:
+    def texts(captions: list[str]) -> dict[str, Tensor]:
+        return {"x": torch.tensor([[float(len(caption))] for caption in captions])}
+
+    samples = [
+        (key, parts | {"json": json.dumps({"alt": [f"{key} one", f"{key} the other"]}).encode()})
+        for key, parts in map(make.sample, range(8))
+    ]
+    write_shard(tmp_path / "pictures" / "0.tar", samples)
+    source = ShardSource(str(tmp_path / "pictures"), captions={"txt": 1, "json.alt": 2, "empty": 1})
+    wanted = replace(record(source), texts=("x",), captions=("empty", "json.alt", "txt"))
+    cached = write_latents(source, wanted, Encoders(encode, texts), tmp_path / "latents", Work(), progress=False)
+    latents = cached.fetcher(cached.manifest(), [(16, 16)], 3)
+    seen = set()
+    for epoch in range(40):
+        made = latents(2, epoch)
+        assert made.texts["x"].tolist() == [len(made.caption)]
+        seen.add(made.caption)
+    assert seen == {"", "picture 2", "000002 one", "000002 the other"}
+
+
+def test_a_caption_that_was_not_encoded_is_refused(tmp_path: Path) -> None:
+    source = ShardSource(make.shards(tmp_path / "pictures", 4))
+    wanted = replace(record(source), texts=("x",))
+    encoders = Encoders(encode, lambda captions: {"x": torch.zeros(len(captions), 1)})
+    cached = write_latents(source, wanted, encoders, tmp_path / "latents", Work(), progress=False)
+    latents = replace(cached, captions={"empty": 1}).fetcher(cached.manifest(), [(16, 16)], 3)
+    with pytest.raises(UserError, match="was not encoded"):
+        latents(0)
+
+
+def of_shapes(folder: Path, sizes: list[tuple[int, int]]) -> ShardSource:
+    """Pictures of (width, height) in shards of seven; `score` is their number."""
+    samples = []
+    for number, (width, height) in enumerate(sizes):
+        key, parts = make.sample(number, (width, height))
+        samples.append((key, parts | {"json": json.dumps({"score": number}).encode()}))
+    for start in range(0, len(samples), 7):
+        write_shard(folder / f"{start:03d}.tar", samples[start : start + 7])
+    return ShardSource(str(folder), where="score >= 4 and score < 40")
+
+
+def test_buckets_and_filters_give_the_batches_that_the_pictures_give(tmp_path: Path) -> None:
+    shapes = [(40, 20), (20, 40), (24, 24)]
+    source = of_shapes(tmp_path / "pictures", [shapes[i % 3] for i in range(44)])
+    buckets = Sizes([[8, 16], [16, 8], [12, 12]])
+
+    def data(train: ShardSource | LatentSource) -> ShardDataModule:
+        return ShardDataModule(train, None, 16, 5, total_steps=12, seed=3, buckets=buckets)
+
+    pictures = data(source)
+    pictures.setup()
+    _, (chosen,) = pictures.select([source.manifest()])
+    wanted = replace(record(source), sizes=tuple(pictures.used_sizes))
+    out = tmp_path / "latents"
+    cached = write_latents(source, wanted, Encoders(encode), out, Work(batch=4), chosen, progress=False)
+    assert len(cached.manifest()) == 36
+    latents = data(cached)
+    latents.setup()
+    assert latents.used_sizes == pictures.used_sizes and latents.plan.samples.tolist() == pictures.plan.samples.tolist()
+    seen = set()
+    for batch in latents.train_dataloader():
+        size = (batch.images.shape[2], batch.images.shape[3])
+        seen.add(size)
+        assert batch.moments is not None
+        for index, moments in zip(batch.samples.tolist(), batch.moments, strict=True):
+            key = cached.manifest().key(index)
+            picture = pictures.train_fetcher(int(key), size=size)
+            assert torch.equal(moments, encode(picture.image[None])[0].half())
+    assert seen == set(pictures.used_sizes)
+    with pytest.raises(UserError, match="none of 16x16"):
+        ShardDataModule(cached, None, 16, 5, total_steps=1).setup()
+    moved = ShardDataModule(cached, None, 16, 5, total_steps=12, buckets=Sizes([[8, 16], [12, 12]]))
+    moved.setup()
+    with pytest.raises(UserError, match="its bucket is"):
+        list(moved.train_dataloader())

@@ -1,6 +1,8 @@
 import pytest
 import torch
+from torch.utils.data._utils.pin_memory import pin_memory
 
+from ldm.data.batch import Batch
 from ldm.data.fetch import Fetcher, View
 from ldm.data.index import load_manifest
 from ldm.data.loader import StepLoader, TrainBatches, ValBatches
@@ -60,3 +62,27 @@ def test_validation_is_shared_by_ranks_in_as_many_batches(fetcher: Fetcher) -> N
     assert len(ranks[0]) == len(ranks[1]) == 2
     seen = sorted(i for rank in ranks for batch in rank for i in batch.samples.tolist())
     assert seen == list(range(10))
+
+
+def test_every_tensor_of_a_batch_is_pinned_where_there_is_a_gpu(
+    fetcher: Fetcher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batches = TrainBatches(fetcher, Plan(50, 4, seed=0), total_steps=2)
+    assert not StepLoader(batches).pin_memory
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert StepLoader(batches).pin_memory
+    pinned = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor, *_: pinned.append(tensor) or tensor + 1)
+    batch = batches[0]._replace(moments=torch.zeros(4, 2, 1, 1, 1), bad=[(1, "corrupt picture")])
+    moved = pin_memory(batch)
+    assert isinstance(moved, Batch) and len(pinned) == 7
+    assert torch.equal(moved.images, batch.images + 1) and torch.equal(moved.crop, batch.crop + 1)
+    assert moved.fields == batch.fields and moved.step == 0 and list(moved.bad) == [(1, "corrupt picture")]
+
+
+def test_threads_begin_with_the_next_batches_and_forget_what_is_not_asked_for(fetcher: Fetcher) -> None:
+    plan = Plan(50, 4, seed=0)
+    batches, plain = TrainBatches(fetcher, plan, 9, threads=2), TrainBatches(fetcher, plan, 9)
+    for step in (0, 1, 5, 6, 2, 8):
+        assert torch.equal(batches[step].images, plain[step].images)
+        assert sorted(batches._begun) == [later for later in (step + 1, step + 2) if later < 9]

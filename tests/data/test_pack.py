@@ -1,6 +1,11 @@
+import fcntl
 import hashlib
 import json
 import re
+import signal
+import subprocess
+import sys
+import time
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -94,6 +99,76 @@ def test_a_stopped_packing_goes_on_with_its_finished_shards_kept(
         assert path.read_bytes() == (tmp_path / "out" / path.name).read_bytes()
 
 
+def test_a_killed_packing_goes_on_to_the_same_bytes(source: Path, tmp_path: Path) -> None:
+    for i in range(25, 200):
+        (source / f"p{i:03d}.png").write_bytes(picture(i, (96, 96)))
+        (source / f"p{i:03d}.txt").write_text(f"words {i}")
+    packing = Packing(size=64, format="webp", shard_samples=10)
+    out = tmp_path / "out"
+    options = ["--size", "64", "--format", "webp", "--shard-samples", "10", "--workers", "2"]
+    command = [sys.executable, "-m", "ldm.data.pack", str(source), str(out), *options]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    while process.poll() is None and len(list(out.glob("*.tar"))) < 2:
+        time.sleep(0.005)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    while _locked(out):  # its workers end with it
+        time.sleep(0.01)
+    kept = {path: path.stat().st_mtime_ns for path in out.glob("*.tar")}
+    (out / ".00019.tar.1.unfinished").write_bytes(b"left by a killed process")
+    done = pack(source, out, packing)
+    assert 2 <= done.kept_shards < done.shards == 20
+    assert all(path.stat().st_mtime_ns == before for path, before in kept.items())
+    assert list(out.glob(".*.unfinished")) == []
+    pack(source, tmp_path / "whole", packing)
+    for path in (tmp_path / "whole").glob("*.tar"):
+        assert path.read_bytes() == (out / path.name).read_bytes()
+
+
+def _locked(out: Path) -> bool:
+    """Whether a process still packs into the folder."""
+    with (out / "pack.json").open() as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
+def test_two_packings_at_once_are_refused(source: Path, tmp_path: Path) -> None:
+    pack(source, tmp_path / "out")
+    with (tmp_path / "out" / "pack.json").open() as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="another process is packing"):
+            pack(source, tmp_path / "out")
+
+
+def test_shards_are_bounded_in_bytes(source: Path, tmp_path: Path) -> None:
+    (source / "p07.png").write_bytes(picture(7, (200, 200)))
+    done = pack(source, tmp_path / "out", Packing(shard_bytes=30_000))
+    sizes = [path.stat().st_size for path in sorted((tmp_path / "out").glob("*.tar"))]
+    large = [size for size in sizes if size > 30_000]
+    assert len(large) == 1 and large[0] > 120_000  # one picture is larger than a shard may be
+    assert done.shards == len(sizes) and 4 <= done.shards <= 8
+    assert [entry["__key__"] for entry in read(tmp_path / "out")] == [f"p{i:02d}" for i in range(25)]
+    both = pack(source, tmp_path / "both", Packing(shard_bytes=30_000, shard_samples=2))
+    assert both.shards == 14  # 13 pairs, the large picture alone
+
+
+def test_orientation_is_kept_or_applied() -> None:
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    stored = BytesIO()
+    upright = Image.open(BytesIO(picture(0, (20, 30))))
+    upright.transpose(Image.Transpose.ROTATE_90).save(stored, "JPEG", quality=100, subsampling=0, exif=turned)
+    data, kind, size = encode(stored.getvalue(), Packing())
+    assert (data, kind, size) == (stored.getvalue(), "jpg", (20, 30))
+    data, _, size = encode(stored.getvalue(), Packing(format="png"))
+    again = Image.open(BytesIO(data))
+    assert size == again.size == (20, 30)
+    assert np.abs(np.asarray(again, np.float32) - np.asarray(upright, np.float32)).mean() < 12
+
+
 def test_a_folder_with_another_packing_is_refused(source: Path, tmp_path: Path) -> None:
     pack(source, tmp_path / "out", Packing(shard_samples=10))
     with pytest.raises(UserError, match="another packing"):
@@ -162,7 +237,8 @@ def test_the_command_tells_counts_and_broken_pictures(
         (["--background", "nocolour"], "nocolour is no colour"),
         (["--val-fraction", "1"], r"val-fraction must be in \[0, 1\)"),
         (["--shard-samples", "0"], "must be at least 1"),
-        (["--size", "0"], "must be at least 1"),
+        (["--size", "0"], "size must be at least 1, got 0"),
+        (["--shard-bytes", "0"], "shard-bytes must be at least 1"),
     ],
 )
 def test_options_that_cannot_be_are_refused(

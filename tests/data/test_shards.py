@@ -19,7 +19,7 @@ def test_pattern_folder_and_list_name_the_same_shards(tmp_path: Path) -> None:
     assert expand([paths[2], f"{folder}/{{00000..00001}}.tar"]) == paths
 
 
-@pytest.mark.parametrize("given", [[], "nowhere/{0..2}.tar", "nowhere.tar", "https://host/{0..2}.tar"])
+@pytest.mark.parametrize("given", [[], "nowhere/{0..2}.tar", "nowhere.tar", "pipe:cat shards.tar"])
 def test_shards_that_are_not_there_are_the_users_error(given: str | list[str]) -> None:
     with pytest.raises(UserError, match="shards"):
         expand(given)

@@ -1,5 +1,9 @@
+import datetime
 import json
+import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -74,7 +78,8 @@ def test_keys_have_no_dots_and_equal_ones_are_told_apart(tmp_path: Path) -> None
         ("t.jsonl", "{no json\n", "line 1 is no JSON"),
         ("t.jsonl", "[1]\n", "line 1 is no JSON object"),
         ("t.csv", "path,caption\nx.png,one\nx.png,two\n", "listed more than once"),
-        ("t.txt", "", "no folder and no .csv or .jsonl table"),
+        ("t.txt", "", "no folder and no .csv, .jsonl, .parquet table"),
+        ("t.parquet", "words", "needs pyarrow|no Parquet table"),
     ],
 )
 def test_tables_that_do_not_fit_are_refused(tmp_path: Path, name: str, text: str, told: str) -> None:
@@ -87,3 +92,36 @@ def test_tables_that_do_not_fit_are_refused(tmp_path: Path, name: str, text: str
 def test_functions_that_are_not_there_are_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(UserError, match="--caption-from"):
         read_source(tmp_path, name)
+
+
+def parquet(table: Path, rows: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Parquet table, or where pyarrow is not there a stand-in for its reader."""
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError:
+        batches = [SimpleNamespace(to_pylist=lambda part=rows[i : i + 1]: part) for i in range(len(rows))]
+        reader = SimpleNamespace(ParquetFile=lambda path: SimpleNamespace(iter_batches=lambda count: iter(batches)))
+        monkeypatch.setitem(sys.modules, "pyarrow", SimpleNamespace(parquet=reader))
+        monkeypatch.setitem(sys.modules, "pyarrow.parquet", reader)
+        table.touch()
+    else:
+        parquet.write_table(pyarrow.Table.from_pylist(rows), table)
+
+
+def test_a_parquet_table_is_a_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fill(tmp_path, {"x.png": "", "y.png": ""})
+    when = datetime.date(2026, 1, 2)
+    rows = [{"path": "y.png", "caption": "two", "score": 6.5, "day": when}, {"path": "x.png", "caption": None}]
+    parquet(tmp_path / "t.parquet", rows, monkeypatch)
+    entries, left_out = read_source(tmp_path / "t.parquet")
+    assert left_out == {"without caption": 1} and entries[0].facts == {"score": 6.5, "day": when}
+    described = json.loads(entries[0].parts(lambda data: (data, "png", (1, 2)), False)["json"])
+    assert (described["score"], described["day"], described["height"]) == (6.5, "2026-01-02", 2)
+
+
+def test_a_parquet_table_without_pyarrow_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "t.parquet").touch()
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(UserError, match=r"pip install 'ldm\[parquet\]'"):
+        read_source(tmp_path / "t.parquet")

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from ldm.data.members import members, split_name
 from ldm.data.shards import open_shard, write_shard
-from ldm.data.tar import DAMAGE, JSON_CAPTION, NO_CAPTION, TEXT_CAPTION, members, scan_shard, split_name
+from ldm.data.tar import DAMAGE, JSON_CAPTION, NO_CAPTION, TEXT_CAPTION, scan_shard
 
 LONG = "folder/" * 30 + "name" * 20
 
@@ -57,6 +58,11 @@ def test_names_split_as_in_webdataset() -> None:
         assert split_name(name) == (key, extension.lower())
     for name in ("noextension", "f/.hidden", ".jpg", "__meta__.json"):
         assert split_name(name) is None
+
+
+def test_a_folder_may_begin_with_the_key_before_it(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.tar", [*triple("a"), *triple("a.b/c"), ("a.b/c.d/e.jpg", b"x")])
+    assert scan_shard(path).keys == [b"a", b"a.b/c", b"a.b/c.d/e"]
 
 
 def test_offsets_point_at_the_parts(tmp_path: Path) -> None:

@@ -48,7 +48,7 @@ def test_the_command_makes_what_the_launch_looks_for(
     written = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.tar")}
     assert len({path.parent for path in written}) == 2  # train and val
     made = job(tiny_shapes, run, f"latents={tmp_path}/l")
-    assert Path(str(made.datamodule.train.shards)).is_relative_to(tmp_path)
+    assert Path(str(made.datamodule.sources["train"].shards)).is_relative_to(tmp_path)
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.tar")} == written
 
 
@@ -61,11 +61,11 @@ def test_what_the_command_lacks_is_told(tiny_shapes: Path, capsys: pytest.Captur
 
 
 def test_a_first_stage_does_not_train_from_latents(tiny_shapes: Path, run: Path, tmp_path: Path) -> None:
-    latents = job(tiny_shapes, run, f"latents={tmp_path}/l").datamodule.train
+    latents = job(tiny_shapes, run, f"latents={tmp_path}/l").datamodule.sources["train"]
     (stage,), finished = launch(
         tiny_shapes, tmp_path, "stages=[first_stage]", "data.size=16", "curriculum.first_stage.data.size=16"
     )
     made = stage.build(finished)
-    made.datamodule.train = latents
+    made.datamodule.sources["train"] = latents
     with pytest.raises(UserError, match="on pictures"):
         made.trainer.fit(made.module, datamodule=made.datamodule)
