@@ -25,6 +25,7 @@ class Heun(Sampler):
             z = estimate.mix(then.alpha, then.sigma)  # Euler
             if then.sigma > 0 and now.alpha > 0:
                 half = then.alpha * (then.ratio - now.ratio) / 2
-                z = z.add(denoise(z, then.t).eps, alpha=half).add_(estimate.eps, alpha=-half)
+                denoise(z, then.t).add_to_(z, 0.0, half)
+                estimate.add_to_(z, 0.0, -half)
             on_step(done)
         return z
