@@ -1,10 +1,11 @@
 """Our samplers' own cost for each network call, beside diffusers' schedulers: python -m benchmarks.samplers.
 
 The network is trivial (it gives a fixed tensor), so all that is timed is the sampler and, on our side, the denoiser
-with its conversion to (x0, eps), the levels of the grid included. On diffusers' side `scale_model_input` and `step`
-are timed, `set_timesteps` is not. Noise is not drawn on either side; what drawing costs stands by itself.
+with its conversion to (x0, eps); on diffusers' side `scale_model_input` and `step`. What is done once for a run (our
+levels, `set_timesteps`) is timed by itself. Noise is not drawn on either side; what drawing costs stands by itself.
 A cost is that of one network call (Heun makes 99 in 50 steps, PLMS 51). Rounds are interleaved. Medians with quartiles
-say what a machine gives, minima what the code needs: on a busy machine read those.
+say what a machine gives; what the code needs is the least: of the times from one network call to the next, for each
+call the shortest of all rounds, since a busy machine interrupts every whole run. Compare those.
 
 The second table is a guided generation of 50 steps with a UNet, noise drawn, against its network calls alone.
 
@@ -18,7 +19,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import chain
+from itertools import chain, pairwise
 from pathlib import Path
 from unittest.mock import patch
 
@@ -27,12 +28,12 @@ from torch import Tensor, nn
 
 from benchmarks.peers import PEERS, STEPS, Peer, scheduler_run
 from ldm.diffusion.denoiser import Denoiser
-from ldm.diffusion.prediction import Epsilon, Prediction, V
+from ldm.diffusion.prediction import Epsilon, V
 from ldm.diffusion.schedule import ScaledLinear
 from ldm.networks.unet import UNet
 from ldm.sampling.guidance import ClassifierFree
 from ldm.sampling.noise import ImageNoise
-from ldm.sampling.sampler import start
+from ldm.sampling.sampler import start, steps_of
 
 SCHEDULE = ScaledLinear()
 SHAPE = (4, 64, 64)
@@ -47,9 +48,20 @@ class Trivial(nn.Module):
     def __init__(self, out: Tensor) -> None:
         super().__init__()
         self.out = out
+        self.called_at: list[float] = []
 
     def __call__(self, z: Tensor, t: Tensor) -> Tensor:
+        self.called_at.append(time.perf_counter())
         return self.out  # a plain call, as on diffusers' side
+
+    def intervals(self, run: Callable[[], object], device: torch.device) -> list[float]:
+        """The seconds from the beginning of a run to its first call, from each call to the next, and to the end."""
+        self.called_at.clear()
+        synchronize(device)
+        began = time.perf_counter()
+        run()
+        synchronize(device)
+        return [b - a for a, b in pairwise([began, *self.called_at, time.perf_counter()])]
 
 
 class Timed(nn.Module):
@@ -98,25 +110,22 @@ def diffusers_noise(noise: Tensor) -> Iterator[None]:
             one.stop()
 
 
-def our_run(entry: Peer, denoiser: Denoiser, z: Tensor, noise: Tensor) -> Callable[[], object]:
-    """Our whole run of 50 steps."""
-
-    def denoise(z: Tensor, t: Tensor) -> object:
-        return denoiser(z, t, {})
-
-    def run() -> None:
-        denoiser.prepare(entry.times)
-        entry.sampler(denoise, z, entry.times, SCHEDULE, lambda shape: noise)  # type: ignore[arg-type]
-
-    return run
+def our_run(entry: Peer, denoiser: Denoiser, z: Tensor, noise: Tensor) -> tuple[Callable[[], object], ...]:
+    """What is done once for a run, and the run of 50 steps itself."""
+    denoiser.prepare(entry.times)  # remembered for all runs
+    denoise, steps = denoiser.given({}), steps_of(entry.times, SCHEDULE, len(z))
+    return (
+        lambda: steps_of(entry.times, SCHEDULE, len(z)),
+        lambda: entry.sampler(denoise, z, steps, lambda shape: noise),
+    )
 
 
-def their_run(entry: Peer, z: Tensor, out: Tensor) -> tuple[Callable[[], object], Callable[[], object]]:
-    """What resets diffusers' scheduler, and its whole run of 50 steps."""
+def their_run(entry: Peer, network: nn.Module, z: Tensor) -> tuple[Callable[[], object], ...]:
+    """The same of diffusers' scheduler; the first has to go before each run."""
     scheduler, generator = entry.scheduler(), torch.Generator()
     return (
         lambda: scheduler.set_timesteps(STEPS, device=z.device),
-        lambda: scheduler_run(entry, scheduler, lambda z, t: out, z, generator),
+        lambda: scheduler_run(entry, scheduler, network, z, generator),
     )
 
 
@@ -130,37 +139,43 @@ def own_cost(names: Sequence[str], rounds: int, device: torch.device) -> Iterato
     z, out, noise = torch.randn(3, 1, *SHAPE, device=device)
     yield "| sampler | epsilon, µs (quartiles; least) | v, µs (least) | diffusers, µs (quartiles; least) | times less |"
     yield "|---|---|---|---|---|"
-    predictions: dict[str, Prediction] = {"epsilon": Epsilon(), "v": V()}
+    network, of_a_run = Trivial(out), dict[str, list[float]](ours=[], diffusers=[])
     with torch.inference_mode(), diffusers_noise(noise):
         for name in names:
-            runs = {
-                label: our_run(PEERS[name], Denoiser(Trivial(out), SCHEDULE, prediction), z, noise)
-                for label, prediction in predictions.items()
-            }
-            reset, runs["diffusers"] = their_run(PEERS[name], z, out)
-            taken: dict[str, list[float]] = {label: [] for label in runs}
+            once, runs = dict[str, Callable[[], object]](), dict[str, Callable[[], object]]()
+            once["ours"], runs["epsilon"] = our_run(PEERS[name], Denoiser(network, SCHEDULE, Epsilon()), z, noise)
+            _, runs["v"] = our_run(PEERS[name], Denoiser(network, SCHEDULE, V()), z, noise)
+            once["diffusers"], runs["diffusers"] = their_run(PEERS[name], network, z)
+            taken: dict[str, list[list[float]]] = {label: [] for label in runs}
+            set_up: dict[str, list[float]] = {label: [] for label in once}
             for number in range(rounds + 1):  # the first one warms up
+                for label, prepare in once.items():
+                    set_up[label].append(seconds(prepare, device))
                 for label, run in runs.items():
-                    reset()
-                    found = seconds(run, device) / NETWORK_CALLS.get(name, STEPS) * 1e6
+                    found = network.intervals(run, device)
                     if number:
                         taken[label].append(found)
+            for label, found in set_up.items():
+                of_a_run[label].append(min(found) * 1e6)
             yield own_line(name, taken)
     draw = ImageNoise([0], device)
     drawing = [seconds(lambda: draw(SHAPE), device) * 1e6 for _ in range(20 * rounds)]
     yield ""
+    told = {label: f"{min(found):.0f} to {max(found):.0f}" for label, found in of_a_run.items()}
+    yield f"Once for a run of 50 steps, at least: our levels {told['ours']} µs, set_timesteps {told['diffusers']} µs."
     yield f"Drawing the noise of one picture: {statistics.median(drawing):.0f} µs, at least {min(drawing):.0f}."
 
 
-def own_line(name: str, taken: Mapping[str, list[float]]) -> str:
-    low, ours, high = quartiles(taken["epsilon"])
-    low_peer, theirs, high_peer = quartiles(taken["diffusers"])
-    least, least_v, least_peer = (min(taken[label]) for label in ("epsilon", "v", "diffusers"))
+def own_line(name: str, taken: Mapping[str, list[list[float]]]) -> str:
+    calls = NETWORK_CALLS.get(name, STEPS) / 1e6
+    spread = {label: quartiles([sum(run) / calls for run in runs]) for label, runs in taken.items()}
+    least = {label: sum(map(min, zip(*runs, strict=True))) / calls for label, runs in taken.items()}
+    (low, ours, high), (low_peer, theirs, high_peer) = spread["epsilon"], spread["diffusers"]
     return (
-        f"| {name} | {ours:.1f} ({low:.1f} to {high:.1f}; {least:.1f}) "
-        f"| {quartiles(taken['v'])[1]:.1f} ({least_v:.1f}) "
-        f"| {theirs:.0f} ({low_peer:.0f} to {high_peer:.0f}; {least_peer:.0f}) "
-        f"| {theirs / ours:.1f} (of the least: {least_peer / least:.1f}) |"
+        f"| {name} | {ours:.1f} ({low:.1f} to {high:.1f}; {least['epsilon']:.1f}) "
+        f"| {spread['v'][1]:.1f} ({least['v']:.1f}) "
+        f"| {theirs:.0f} ({low_peer:.0f} to {high_peer:.0f}; {least['diffusers']:.0f}) "
+        f"| {theirs / ours:.1f} (of the least: {least['diffusers'] / least['epsilon']:.1f}) |"
     )
 
 
@@ -178,7 +193,7 @@ def whole_cost(names: Sequence[str], rounds: int, device: torch.device) -> Itera
         noise = ImageNoise([0], device)
         denoiser.prepare(entry.times)
         denoise = guidance(denoiser, {"tokens": tokens}, {"tokens": nothing})
-        entry.sampler(denoise, start(noise(SHAPE), entry.times, SCHEDULE), entry.times, SCHEDULE, noise)
+        entry.sampler(denoise, start(noise(SHAPE), entry.times, SCHEDULE), steps_of(entry.times, SCHEDULE, 1), noise)
 
     calls: list[float] = []
     lines = ["| sampler | more than the network's calls, % (quartiles) | ms a picture |", "|---|---|---|"]

@@ -22,7 +22,7 @@ from ldm.sampling.guidance import Guidance
 from ldm.sampling.image_to_image import noised, remaining, steps_made
 from ldm.sampling.inpainting import keeping, latent_mask
 from ldm.sampling.noise import ImageNoise
-from ldm.sampling.sampler import OnStep, Sampler, start
+from ldm.sampling.sampler import OnStep, Sampler, start, steps_of
 
 log = logging.getLogger(__name__)
 
@@ -119,7 +119,7 @@ class Generator:
             if masks is not None and not self.conditioner.sees_mask:
                 mask = latent_mask(masks, self.first_stage.factor)
                 z, denoise = begun.lerp(z, mask), keeping(denoise, known, mask, schedule)
-        z = settings.sampler(denoise, z, times, schedule, noise, on_step)
+        z = settings.sampler(denoise, z, steps_of(times, schedule, len(z)), noise, on_step)
         made = (self.first_stage.decode(z).float() * 0.5 + 0.5).clamp(0.0, 1.0)
         if images is not None and masks is not None:
             made = (images * 0.5 + 0.5).lerp(made, masks)  # what is kept, is kept pixel for pixel

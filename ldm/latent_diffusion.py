@@ -14,12 +14,12 @@ from ldm.randomness import fold, normal
 class LatentDiffusion(nn.Module):
     """Latent diffusion (Rombach et al. 2022): what a second-stage checkpoint holds. The first stage is frozen.
 
-    Raises UserError where the network does not have the latents' channels.
+    Raises UserError where the network does not have the latents' channels, or not the widths of the conditions.
     """
 
     def __init__(self, denoiser: Denoiser, conditioner: Conditioner, first_stage: FirstStage) -> None:
         super().__init__()
-        _check_channels(denoiser.network, conditioner, first_stage.latent_channels)
+        _check_widths(denoiser.network, conditioner, first_stage.latent_channels)
         conditioner.bind(first_stage.encode)
         self.denoiser = denoiser
         self.conditioner = conditioner
@@ -47,10 +47,10 @@ class LatentDiffusion(nn.Module):
         return mean + std * normal(fold(keys, "posterior"), tuple(mean.shape[1:]))
 
 
-def _check_channels(network: nn.Module, conditioner: Conditioner, latent_channels: int) -> None:
+def _check_widths(network: nn.Module, conditioner: Conditioner, latent_channels: int) -> None:
     if not isinstance(network, UNet):
         return
-    beside = conditioner.concat_channels(latent_channels)
+    tokens, vector, beside = conditioner.widths(latent_channels)
     wanted = latent_channels + beside, latent_channels
     if (network.in_channels, network.out_channels) != wanted:
         raise UserError(
@@ -58,3 +58,11 @@ def _check_channels(network: nn.Module, conditioner: Conditioner, latent_channel
             f"the network has in_channels={network.in_channels}, out_channels={network.out_channels}. Give "
             f"network.in_channels={wanted[0]} network.out_channels={wanted[1]}, or another first stage"
         )
+    for what, width, name in (("tokens", tokens, "context_dim"), ("a vector", vector, "vector_dim")):
+        own = getattr(network, name)
+        if (own or 0) != width:
+            given = f"gives {what} of {width} numbers" if width else f"gives no {what.removeprefix('a ')}"
+            raise UserError(
+                f"the conditioner {given}, the network has {name}={own}. Give network.{name}={width or 'null'}, or "
+                "another conditioner"
+            )

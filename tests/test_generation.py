@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.conditioning import Compose, MaskedImage
-from ldm.conditioning.condition import Condition
+from ldm.conditioning.condition import Condition, Widths
 from ldm.conditioning.text import Conditioner
 from ldm.data.batch import Batch
 from ldm.diffusion.criterion import L2
@@ -35,6 +35,7 @@ from ldm.sampling.guidance import ClassifierFree
 from ldm.sampling.image_to_image import noised, remaining, steps_made
 from ldm.sampling.inpainting import keeping, latent_mask
 from ldm.sampling.noise import ImageNoise
+from ldm.sampling.sampler import steps_of
 from ldm.training.diffusion import DiffusionModule
 
 SIZE = (32, 32)
@@ -43,6 +44,9 @@ SETTINGS = SamplingSettings(DDIM(), Trailing(), ClassifierFree(2.0), steps=4)
 
 class Lengths(Conditioner):
     """Two tokens of the caption's length."""
+
+    def widths(self, latent_channels: int) -> Widths:
+        return Widths(tokens=8)
 
     def forward(self, fields: object, keys: Tensor | None = None) -> Condition:
         lengths = torch.tensor([float(len(text)) for text in fields["caption"]])
@@ -122,6 +126,13 @@ def test_the_grid_is_cut_to_its_end(steps: int, strength: float, made: int) -> N
     assert torch.equal(left, times[-made - 1 :])
 
 
+def test_a_picture_is_noised_to_its_level() -> None:
+    t = torch.tensor(499.0, dtype=torch.float64)
+    alpha2 = ScaledLinear().alphas_cumprod[499]
+    found = noised(torch.full((1, 2), 3.0).double(), torch.full((1, 2), -2.0).double(), t, ScaledLinear())
+    assert found.tolist() == [pytest.approx([3.0 * alpha2**0.5 - 2.0 * (1 - alpha2) ** 0.5] * 2, rel=1e-12)]
+
+
 @pytest.mark.parametrize("strength", [0.0, -0.5, 1.01])
 def test_a_strength_out_of_range_is_refused(strength: float) -> None:
     with pytest.raises(UserError, match=f"strength={strength}"):
@@ -188,7 +199,7 @@ def test_known_latents_stay_on_their_path(sampler: Callable[..., Tensor]) -> Non
 
     times = Trailing()(schedule, 10)
     start = noised(known, eps, times[0], schedule)
-    end = sampler(keeping(network, known, mask, schedule), start, times, schedule, noise)
+    end = sampler(keeping(network, known, mask, schedule), start, steps_of(times, schedule, len(start)), noise)
     torch.testing.assert_close(end[:, :, 2:], known[:, :, 2:], rtol=0, atol=1e-12)
     assert float((end - known)[:, :, :2].abs().min()) > 1e-6
     assert all(0.85 < value < 1.15 for value in seen)  # unit noise, at every step
@@ -198,7 +209,8 @@ def test_a_latent_is_made_anew_where_any_of_its_pixels_is() -> None:
     mask = torch.zeros(1, 1, 8, 8)
     mask[0, 0, 3, 4] = 1.0
     mask[0, 0, 7, 0] = 0.4
-    assert latent_mask(mask, 4).flatten().tolist() == [0.0, 1.0, 0.0, 0.0]
+    mask[0, 0, 7, 7] = 0.5
+    assert latent_mask(mask, 4).flatten().tolist() == [0.0, 1.0, 0.0, 1.0]
 
 
 class Seen(nn.Module):

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ldm.conditioning.condition import Condition
+from ldm.conditioning.condition import Condition, Widths
 from ldm.conditioning.text import Conditioner, Fields, dropped
 from ldm.errors import UserError, nearest
 
@@ -38,6 +38,10 @@ class ClassConditioner(Conditioner):
         self.dropout = dropout
         self.numbers = {name: number for number, name in enumerate(names or [])}
         self.embedding = nn.Embedding(num_classes + 1, dim)
+
+    def widths(self, latent_channels: int) -> Widths:
+        """The token's."""
+        return Widths(tokens=self.embedding.embedding_dim)
 
     def forward(self, fields: Fields, keys: Tensor | None = None) -> Condition:
         """The classes' condition, see Conditioner.forward; UserError where the field or a class is unknown."""

@@ -7,7 +7,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from ldm.conditioning.condition import Condition
+from ldm.conditioning.condition import Condition, Widths
 from ldm.conditioning.text import Conditioner, Encode, Fields, TextConditioner
 from ldm.errors import UserError
 
@@ -41,10 +41,10 @@ class Compose(Conditioner):
         parts = cast(Iterable[Conditioner], self.conditioners)
         return {name: encoder for part in parts for name, encoder in part.encoders().items()}
 
-    def concat_channels(self, latent_channels: int) -> int:
-        """The parts' channels together."""
+    def widths(self, latent_channels: int) -> Widths:
+        """The parts' together."""
         parts = cast(Iterable[Conditioner], self.conditioners)
-        return sum(part.concat_channels(latent_channels) for part in parts)
+        return Widths(*map(sum, zip(*(part.widths(latent_channels) for part in parts), strict=True)))
 
     def forward(self, fields: Fields, keys: Tensor | None = None) -> Condition:
         """The joined condition, see Conditioner.forward."""
@@ -57,6 +57,10 @@ class Compose(Conditioner):
 
 class Unconditional(Conditioner):
     """A condition without any field, for networks that take none."""
+
+    def widths(self, latent_channels: int) -> Widths:
+        """None has any."""
+        return Widths()
 
     def forward(self, fields: Fields, keys: Tensor | None = None) -> Condition:
         """Nothing, whatever the fields."""

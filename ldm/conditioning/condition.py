@@ -4,11 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ldm.errors import UserError
+
+
+class Widths(NamedTuple):
+    """How wide a Condition's fields are: D, V and C; 0 where it has no such field."""
+
+    tokens: int = 0
+    vector: int = 0
+    concat: int = 0
 
 
 @dataclass(frozen=True)

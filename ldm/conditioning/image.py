@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ldm.conditioning.condition import Condition
+from ldm.conditioning.condition import Condition, Widths
 from ldm.conditioning.text import Conditioner, Encode, Fields
 from ldm.errors import UserError
 from ldm.randomness import fold, uniform
@@ -21,9 +21,9 @@ class LowResolution(Conditioner):
         super().__init__()
         self.factor = factor
 
-    def concat_channels(self, latent_channels: int) -> int:
-        """Those of a picture."""
-        return 3
+    def widths(self, latent_channels: int) -> Widths:
+        """The channels of a picture."""
+        return Widths(concat=3)
 
     def forward(self, fields: Fields, keys: Tensor | None = None) -> Condition:
         """The small pictures, see Conditioner.forward; nothing is drawn."""
@@ -60,9 +60,9 @@ class MaskedImage(Conditioner):
         """Takes the first stage's `encode`."""
         self._encode = encode
 
-    def concat_channels(self, latent_channels: int) -> int:
-        """Those of the latents, and the mask."""
-        return latent_channels + 1
+    def widths(self, latent_channels: int) -> Widths:
+        """The channels of the latents, and the mask."""
+        return Widths(concat=latent_channels + 1)
 
     def forward(self, fields: Fields, keys: Tensor | None = None) -> Condition:
         """The masked latents, see Conditioner.forward; UserError where there is no picture, or no first stage."""

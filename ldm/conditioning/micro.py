@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ldm.conditioning.condition import Condition
+from ldm.conditioning.condition import Condition, Widths
 from ldm.conditioning.text import Conditioner, Fields
 from ldm.errors import UserError
 from ldm.networks.blocks import sinusoidal_embedding
@@ -36,6 +36,10 @@ class MicroConditioner(Conditioner):
         if not self.default or len(self.empty_numbers) != len(self.default):
             raise UserError(f"default={list(default)}, empty={empty}: give as many numbers for both, one or more")
         self.register_buffer("weight", torch.zeros(()), persistent=False)  # where the module is, and its type
+
+    def widths(self, latent_channels: int) -> Widths:
+        """The features of all numbers."""
+        return Widths(vector=self.channels * len(self.default))
 
     def forward(self, fields: Fields, keys: Tensor | None = None) -> Condition:
         """The numbers' condition, see Conditioner.forward; nothing is dropped."""

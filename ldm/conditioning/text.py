@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from ldm.checkpoint import fingerprint
-from ldm.conditioning.condition import Condition
+from ldm.conditioning.condition import Condition, Widths
 from ldm.errors import UserError, nearest
 from ldm.randomness import fold, uniform
 
@@ -36,9 +36,9 @@ class Conditioner(nn.Module, ABC):
         """The frozen text encoders in it, by the name under which their states may be kept; none by default."""
         return {}
 
-    def concat_channels(self, latent_channels: int) -> int:
-        """How many channels its `concat` has beside latents of so many channels; 0 where it makes none."""
-        return 0
+    @abstractmethod
+    def widths(self, latent_channels: int) -> Widths:
+        """How wide its conditions' fields are, beside latents of so many channels."""
 
     @abstractmethod
     def forward(self, fields: Fields, keys: Tensor | None = None) -> Condition:
@@ -122,6 +122,12 @@ class TextConditioner(Conditioner):
         if frozen:
             self.requires_grad_(False)
         self.train(self.training)
+
+    def widths(self, latent_channels: int) -> Widths:
+        """The encoder's width; that of the pooled state is the projection's where there is one."""
+        width = int(self.encoder.config.hidden_size)
+        pooled = self.projection.out_features if self.projection is not None else width
+        return Widths(tokens=width, vector=pooled if self.pooled else 0)
 
     def forward(self, fields: Fields, keys: Tensor | None = None) -> Condition:
         """The captions' condition, see Conditioner.forward; UserError where the field is missing."""

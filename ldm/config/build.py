@@ -35,7 +35,9 @@ from ldm.training.checkpointing import Checkpoints
 from ldm.training.curriculum import Job, Stage
 from ldm.training.diffusion import DiffusionModule
 from ldm.training.ema import EMA
+from ldm.training.kept_weights import keep_weights
 from ldm.training.module import TrainingModule
+from ldm.training.precision import let_clip
 
 log = logging.getLogger(__name__)
 
@@ -105,6 +107,7 @@ def build_job(config: DictConfig, folder: Path, order: int, models: dict[str, Pa
     module.to(memory_format=torch.channels_last)  # what convolutions are fastest in, on CPUs and GPUs alike
     if config.compile:
         module.compile_networks()
+    keep_weights(module)
 
     checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint.every_n_steps, config.checkpoint.keep)
     ema = EMA(config.ema.decay) if config.ema.decay is not None else None
@@ -117,6 +120,7 @@ def build_job(config: DictConfig, folder: Path, order: int, models: dict[str, Pa
     if not module.automatic_optimization:  # such a module clips by itself; Lightning refuses to
         make_trainer = partial(make_trainer, gradient_clip_val=None)
     trainer = make_trainer(callbacks=callbacks, logger=loggers, plugins=[FolderCheckpointIO()])
+    let_clip(trainer)
     text = OmegaConf.to_yaml(config)
     if trainer.is_global_zero:
         folder.mkdir(parents=True, exist_ok=True)

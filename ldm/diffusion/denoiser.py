@@ -1,6 +1,6 @@
-"""A network, the schedule it was trained on and what it predicts, as one function: (z, t) -> (x0, eps)."""
+"""A network, the schedule it was trained on and what it predicts: under a condition, (z, t) -> (x0, eps)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -49,21 +49,26 @@ class Denoiser(nn.Module):
         out: Tensor = self.network(z * scale, self.schedule.network_time(t).to(z.device), **inputs)
         return out.float()
 
-    def forward(self, z: Tensor, t: Tensor, inputs: dict[str, Tensor]) -> Denoised:
-        """The estimates (x0, eps) at z [B, C, h, w], t [B]; `inputs` are the condition's tensors by name.
+    def given(self, inputs: Mapping[str, Tensor]) -> Denoise:
+        """The estimates (x0, eps) under a condition, `inputs` [B, ...] by name, as a function of z and t.
 
         Where all of t is one time, as in sampling, what depends on it is computed once and remembered. t is
         read for that, so keep it on the CPU: reading it from a GPU would wait for the GPU.
         """
-        times = t.tolist()
-        time, rows = times[0], len(times)
-        if times.count(time) < rows:
-            level = self.schedule(t)
-            return self.prediction.solve(z, self.output(z, t, level, inputs).to(z.dtype), level.like(z))
-        facts = self._of_rows.get((time, rows, z.device)) or self._rows(time, rows, z.device)
-        scaled = z if facts.input_scale == 1.0 else z * facts.input_scale
-        out: Tensor = self.network(scaled, facts.network_time, **inputs)
-        return Denoised(z, out if out.dtype is z.dtype else out.to(z.dtype), facts.solution)
+        network, condition, known = self.network, dict(inputs), self._of_rows  # nn.Module's look-ups are slow
+
+        def denoise(z: Tensor, t: Tensor) -> Denoised:
+            times = t.tolist()
+            time, rows = times[0], len(times)
+            if times.count(time) < rows:
+                level = self.schedule(t)
+                return self.prediction.solve(z, self.output(z, t, level, condition).to(z.dtype), level.like(z))
+            facts = known.get((time, rows, z.device)) or self._rows(time, rows, z.device)
+            network_time, input_scale, solution = facts
+            out: Tensor = network(z if input_scale == 1.0 else z * input_scale, network_time, **condition)
+            return Denoised(z, out if out.dtype is z.dtype else out.to(z.dtype), solution)
+
+        return denoise
 
     def prepare(self, times: Tensor) -> None:
         """Compute what depends on the times [T] of a run, all at once; what is not prepared is when it is met."""

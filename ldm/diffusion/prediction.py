@@ -55,7 +55,7 @@ class Denoised:
         return (self._u * (alpha * x0_u + sigma * eps_u)).add_(self._v, alpha=alpha * x0_v + sigma * eps_v)
 
     def add_to_(self, z: Tensor, alpha: float, sigma: float) -> Tensor:
-        """z, to which alpha x0 + sigma eps is added in place."""
+        """z, to which alpha x0 + sigma eps is added in place; z may be the one estimated at: that ends the estimate."""
         (x0_u, x0_v), (eps_u, eps_v) = self._x0, self._eps
         for tensor, factor in ((self._u, alpha * x0_u + sigma * eps_u), (self._v, alpha * x0_v + sigma * eps_v)):
             if factor != 0.0:

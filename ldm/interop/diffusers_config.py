@@ -12,6 +12,7 @@ from ldm.networks.unet import UNet
 
 Config = Mapping[str, Any]
 SCHEDULES = {"ScaledLinear": "scaled_linear", "Linear": "linear"}
+ZERO_TERMINAL = "ZeroTerminalSNR"  # around one of them: diffusers' rescale_betas_zero_snr
 PREDICTIONS = {"Epsilon": "epsilon", "V": "v_prediction", "X0": "sample"}
 # What a UNet of this project cannot be; what is not named in a file is the first value.
 UNET_ALLOWED: dict[str, tuple[Any, ...]] = {
@@ -198,7 +199,9 @@ def first_stage_arguments(config: Config, origin: str) -> dict[str, Any]:
 
 def scheduler_config(architecture: Architecture) -> dict[str, Any]:
     """scheduler_config.json of a DDIM sampler on the model's schedule; UserError where diffusers has no such one."""
-    kind = architecture.schedule["kind"]
+    zero_terminal = architecture.schedule["kind"] == ZERO_TERMINAL
+    schedule = architecture.schedule["schedule"] if zero_terminal else architecture.schedule
+    kind = schedule["kind"]
     if kind not in SCHEDULES or architecture.prediction not in PREDICTIONS:
         raise UserError(
             f"diffusers' Stable Diffusion pipelines have no schedule {kind} with prediction {architecture.prediction}; "
@@ -206,15 +209,18 @@ def scheduler_config(architecture: Architecture) -> dict[str, Any]:
         )
     return {
         "_class_name": "DDIMScheduler",
-        "num_train_timesteps": architecture.schedule["steps"],
-        "beta_start": architecture.schedule["beta_start"],
-        "beta_end": architecture.schedule["beta_end"],
+        "num_train_timesteps": schedule["steps"],
+        "beta_start": schedule["beta_start"],
+        "beta_end": schedule["beta_end"],
         "beta_schedule": SCHEDULES[kind],
+        "rescale_betas_zero_snr": zero_terminal,
         "prediction_type": PREDICTIONS[architecture.prediction],
         "clip_sample": False,
-        "set_alpha_to_one": False,
         "steps_offset": 1,
-        "timestep_spacing": "leading",
+        # Leading times never reach the last one, where a model without signal there has to begin (Lin et al. 2023);
+        # trailing ones step from the lowest level to the picture itself.
+        "timestep_spacing": "trailing" if zero_terminal else "leading",
+        "set_alpha_to_one": zero_terminal,
     }
 
 
@@ -227,11 +233,16 @@ def schedule_of(config: Config, origin: str) -> tuple[dict[str, Any], str]:
         raise UserError(
             f"{origin} has beta_schedule {kind!r}, prediction_type {prediction!r}, which are not known here"
         )
-    if config.get("rescale_betas_zero_snr"):
-        raise UserError(f"{origin} rescales its betas to zero terminal SNR; such models are not converted yet")
-    steps = config.get("num_train_timesteps", 1000)
-    schedule = {"kind": kinds[kind], "beta_start": config.get("beta_start", 1e-4), "steps": steps}
-    return schedule | {"beta_end": config.get("beta_end", 0.02)}, predictions[prediction]
+    ends = {"beta_start": config.get("beta_start", 1e-4), "beta_end": config.get("beta_end", 0.02)}
+    schedule = {"kind": kinds[kind], **ends, "steps": config.get("num_train_timesteps", 1000)}
+    if not config.get("rescale_betas_zero_snr"):
+        return schedule, predictions[prediction]
+    if prediction == "epsilon":
+        raise UserError(
+            f"{origin} has rescale_betas_zero_snr with prediction_type 'epsilon', which is singular at the last time "
+            "(nothing of the picture is left there to compute it from): expected v_prediction or sample"
+        )
+    return {"kind": ZERO_TERMINAL, "schedule": schedule}, predictions[prediction]
 
 
 def refuse_others(config: Config, allowed: Mapping[str, tuple[Any, ...]], origin: str) -> None:

@@ -56,19 +56,24 @@ def package_of(folder: ModelFolder, weights: str = "ema") -> Package:
         else:
             _expect(node, NUMBERS)
             numbers.append({name: value for name, value in node.items() if name != "_target_" and value is not None})
-    schedule = dict(denoiser["schedule"])
-    schedule["kind"] = schedule.pop("_target_").rsplit(".", 1)[-1]
     size = config["data"]["size"]
     architecture = Architecture(
         first_stage,
         network,
         tuple(texts),
         tuple(numbers),
-        schedule,
+        _schedule(denoiser["schedule"]),
         denoiser["prediction"]["_target_"].rsplit(".", 1)[-1],
         (size, size) if isinstance(size, int) else (int(size[0]), int(size[1])),
     )
     return Package(architecture, state, tokenizers)
+
+
+def _schedule(node: Node) -> Node:
+    """`Architecture.schedule` of a schedule's node, and of the one that it is made of."""
+    arguments = {name: _schedule(value) if isinstance(value, dict) else value for name, value in node.items()}
+    kind = str(arguments.pop("_target_")).rsplit(".", 1)[-1]
+    return {**arguments, "kind": kind}
 
 
 def _expect(node: Mapping[str, Any], target: str) -> None:
@@ -200,8 +205,8 @@ def _model_node(config: Node) -> Node:
 
 
 def _schedule_node(schedule: Mapping[str, Any]) -> Node:
-    arguments = {name: value for name, value in schedule.items() if name != "kind"}
-    return {"_target_": f"ldm.diffusion.schedule.{schedule['kind']}", **arguments}
+    arguments = {name: _schedule_node(v) if isinstance(v, dict) else v for name, v in schedule.items()}
+    return {"_target_": f"ldm.diffusion.schedule.{arguments.pop('kind')}", **arguments}
 
 
 def first_stage_node(package: Package) -> Node:

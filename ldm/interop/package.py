@@ -49,7 +49,8 @@ class Architecture:
     network      keyword arguments of `UNet`; None: a first stage alone
     texts        its text encoders
     numbers      keyword arguments of its `MicroConditioner`s
-    schedule     keyword arguments beta_start, beta_end, steps, and `kind`: the class's name
+    schedule     keyword arguments beta_start, beta_end, steps, and `kind`: the class's name; of a ZeroTerminalSNR
+                 `schedule`, the one that it rescales, in the same form
     prediction   the class's name
     size         [height, width] in pixels that it was last trained at
     """

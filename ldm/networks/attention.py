@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from ldm.errors import UserError
 from ldm.networks.blocks import group_norm
+from ldm.networks.chunked_attention import attend
 
 
 def head_count(channels: int, num_heads: int | None, head_channels: int | None) -> int:
@@ -38,13 +39,17 @@ class Attention(nn.Module):
         q = self.to_q(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [B, heads, N, C/heads]
         k = self.to_k(context).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         v = self.to_v(context).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-        h = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        h = attend(q, k, v, mask)
         out: Tensor = self.to_out(h.transpose(1, 2).flatten(2))
         return out
 
 
 class FeedForward(nn.Module):
-    """A gated feed-forward layer, GEGLU (Shazeer 2020): out(value * gelu(gate)), four times as wide."""
+    """A gated feed-forward layer, GEGLU (Shazeer 2020): out(value * gelu(gate)), four times as wide.
+
+    Value and gate are two products with the halves of one weight (the layout of published files): the halves of one
+    product lie in memory with gaps between their rows, which takes up to 1.4 times the time on a CPU.
+    """
 
     def __init__(self, channels: int, mult: int = 4) -> None:
         super().__init__()
@@ -53,7 +58,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, N, C] to [B, N, C]."""
-        value, gate = self.proj(x).chunk(2, dim=-1)
+        value, gate = map(F.linear, (x, x), self.proj.weight.chunk(2), self.proj.bias.chunk(2))
         out: Tensor = self.out(value * F.gelu(gate))
         return out
 

@@ -86,6 +86,17 @@ class UpLevel(nn.Module):
         return h if self.upsample is None else self.upsample(h, emb, skips[-1].shape[-2:])
 
 
+class _Level(NamedTuple):
+    """One resolution: its width, its residual blocks on the way down, and the depth of their transformers.
+
+    0 stands for plain attention in the transformers' place, None for neither.
+    """
+
+    width: int
+    blocks: int
+    depth: int | None
+
+
 class _Parts(NamedTuple):
     """What a UNet is made of: its residual blocks, its attention by width and depth, and how it resamples."""
 
@@ -94,16 +105,52 @@ class _Parts(NamedTuple):
     resample_blocks: bool
     checkpointing: bool
 
-    def block(self, ins: int, outs: int, depth: int | None) -> Block:
-        """A block with a transformer of `depth` blocks, 0 for plain attention, None for neither."""
+    def down_path(self, levels: Sequence[_Level], channels: int) -> tuple[nn.ModuleList, list[int]]:
+        """The levels down from a feature map of `channels`, and the channels of all that the way up concatenates."""
+        skips, path = [channels], nn.ModuleList()
+        for i, level in enumerate(levels):
+            blocks = []
+            for _ in range(level.blocks):
+                blocks.append(self._block(channels, level.width, level.depth))
+                channels = level.width
+                skips.append(channels)
+            downsample = self._down(channels) if i < len(levels) - 1 else None
+            skips += [channels] if downsample else []
+            path.append(DownLevel(blocks, downsample))
+        return path, skips
+
+    def middle(self, channels: int, depth: int) -> nn.ModuleList:
+        """Two blocks at the lowest resolution, the first with attention."""
+        return nn.ModuleList([self._block(channels, channels, depth), self._block(channels, channels, None)])
+
+    def up_path(self, levels: Sequence[_Level], skips: Sequence[int]) -> nn.ModuleList:
+        """The levels up, coarsest first, which concatenate feature maps of `skips` channels, the last one first."""
+        channels, rest, path = levels[-1].width, list(skips), nn.ModuleList()
+        for i, level in reversed(list(enumerate(levels))):
+            blocks = []
+            for _ in range(level.blocks + 1):
+                blocks.append(self._block(channels + rest.pop(), level.width, level.depth))
+                channels = level.width
+            path.append(UpLevel(blocks, self._up(channels) if i else None))
+        return path
+
+    def _block(self, ins: int, outs: int, depth: int | None) -> Block:
         attention = None if depth is None else self.attention(outs, depth)
         return Block(self.res(ins, outs, None), attention, self.checkpointing)
 
-    def down(self, channels: int) -> Downsample | ResBlock:
+    def _down(self, channels: int) -> Downsample | ResBlock:
         return self.res(channels, channels, halve) if self.resample_blocks else Downsample(channels)
 
-    def up(self, channels: int) -> Upsample | ResBlock:
+    def _up(self, channels: int) -> Upsample | ResBlock:
         return self.res(channels, channels, double) if self.resample_blocks else Upsample(channels)
+
+
+def _levels(
+    widths: Sequence[int], res_blocks: int | Sequence[int], depths: Sequence[int], attended: Sequence[bool]
+) -> list[_Level]:
+    blocks = per_level(res_blocks, len(widths), "num_res_blocks")
+    attends = per_level(attended, len(widths), "attention_levels")
+    return [_Level(widths[i], blocks[i], depth if attends[i] else None) for i, depth in enumerate(depths)]
 
 
 def _attention(
@@ -168,16 +215,8 @@ class UNet(nn.Module):
         zero_branches: bool = True,
     ) -> None:
         super().__init__()
-        levels = len(channel_mult)
-        self.in_channels = in_channels
-        self.out_channels = out_channels
-        self.model_channels = model_channels
-        self.context_dim = context_dim
-        self.vector_dim = vector_dim
-        widths = [model_channels * mult for mult in channel_mult]
-        res_blocks = per_level(num_res_blocks, levels, "num_res_blocks")
-        depths = per_level(transformer_depth, levels, "transformer_depth")
-        attended = per_level(attention_levels, levels, "attention_levels")
+        self.in_channels, self.out_channels, self.model_channels = in_channels, out_channels, model_channels
+        self.context_dim, self.vector_dim = context_dim, vector_dim
         emb_channels = 4 * model_channels
         parts = _Parts(
             lambda ins, outs, resize: ResBlock(ins, outs, emb_channels, scale_shift, dropout, groups, resize=resize),
@@ -187,36 +226,18 @@ class UNet(nn.Module):
             resample_blocks,
             gradient_checkpointing,
         )
+        widths = [model_channels * mult for mult in channel_mult]
+        depths = per_level(transformer_depth, len(widths), "transformer_depth")
+        levels = _levels(widths, num_res_blocks, depths, attention_levels)
         self.time_embed = _mlp(model_channels, emb_channels)
         self.vector_embed = None if vector_dim is None else _mlp(vector_dim, emb_channels)
         self.conv_in = nn.Conv2d(in_channels, model_channels, 3, padding=1)
-
-        channels = model_channels
-        skips = [channels]  # channels of every feature map that the way up concatenates
-        self.down = nn.ModuleList()
-        for i, width in enumerate(widths):
-            blocks = []
-            for _ in range(res_blocks[i]):
-                blocks.append(parts.block(channels, width, depths[i] if attended[i] else None))
-                channels = width
-                skips.append(channels)
-            downsample = parts.down(channels) if i < levels - 1 else None
-            skips += [channels] if downsample else []
-            self.down.append(DownLevel(blocks, downsample))
-
-        middle = [parts.block(channels, channels, depths[-1]), parts.block(channels, channels, None)]
-        self.middle = nn.ModuleList(middle)
-
-        self.up = nn.ModuleList()  # coarsest level first
-        for i in reversed(range(levels)):
-            blocks = []
-            for _ in range(res_blocks[i] + 1):
-                blocks.append(parts.block(channels + skips.pop(), widths[i], depths[i] if attended[i] else None))
-                channels = widths[i]
-            self.up.append(UpLevel(blocks, parts.up(channels) if i else None))
-
-        self.norm_out = group_norm(channels, groups)
-        self.conv_out = nn.Conv2d(channels, out_channels, 3, padding=1)
+        self.down, skips = parts.down_path(levels, model_channels)
+        self.skip_channels = tuple(skips)
+        self.middle = parts.middle(widths[-1], depths[-1])
+        self.up = parts.up_path(levels, skips)
+        self.norm_out = group_norm(widths[0], groups)
+        self.conv_out = nn.Conv2d(widths[0], out_channels, 3, padding=1)
         zero_(self.conv_out)  # the prediction begins at zero
         if zero_branches:
             self._zero_branches()
@@ -238,28 +259,49 @@ class UNet(nn.Module):
         mask: Tensor | None = None,
         vector: Tensor | None = None,
         concat: Tensor | None = None,
+        control: Sequence[Tensor] | None = None,
     ) -> Tensor:
         """The prediction [B, out_channels, h, w].
 
         x [B, C, h, w] noisy latents; t [B] network times in [0, 1000]; tokens [B, L, context_dim]; mask
-        [B, L] bool, True = attend; vector [B, vector_dim]; concat [B, in_channels - C, h, w].
+        [B, L] bool, True = attend; vector [B, vector_dim]; concat [B, in_channels - C, h, w];
+        control: a `ControlNet`'s feature maps.
+        """
+        skips, h, emb = self.encode(x, t, tokens, mask, vector, concat)
+        if control is not None:
+            skips = [skip + more for skip, more in zip(skips, control[:-1], strict=True)]
+            h = h + control[-1]
+        for level in self.up:
+            h = level(h, skips, emb, tokens, _attended(mask))
+        out: Tensor = self.conv_out(F.silu(self.norm_out(h)))
+        return out
+
+    def encode(
+        self,
+        x: Tensor,
+        t: Tensor,
+        tokens: Tensor | None = None,
+        mask: Tensor | None = None,
+        vector: Tensor | None = None,
+        concat: Tensor | None = None,
+        hint: Tensor | None = None,
+    ) -> tuple[list[Tensor], Tensor, Tensor]:
+        """The way down: its feature maps (finest first), the middle's, and the embedding [B, 4 model_channels].
+
+        Arguments as in `forward`; `hint` [B, model_channels, h, w] is added before the first level.
         """
         self._check(x, tokens, vector, concat)
         h = x if concat is None else torch.cat([x, concat], dim=1)
         emb = self._embedding(t, vector, h.dtype)
-        attend = None if mask is None else mask[:, None, None, :]  # [B, 1, 1, L]
-
+        attend = _attended(mask)
         h = self.conv_in(h)
-        skips = [h]
+        skips = [h if hint is None else h + hint]
         for level in self.down:
             skips += level(skips[-1], emb, tokens, attend)
         h = skips[-1]
         for block in self.middle:
             h = block(h, emb, tokens, attend)
-        for level in self.up:
-            h = level(h, skips, emb, tokens, attend)
-        out: Tensor = self.conv_out(F.silu(self.norm_out(h)))
-        return out
+        return skips, h, emb
 
     def _embedding(self, t: Tensor, vector: Tensor | None, dtype: torch.dtype) -> Tensor:
         """The embedding [B, 4 model_channels] of time and vector, its SiLU applied."""
@@ -281,6 +323,11 @@ class UNet(nn.Module):
                 f"latents of {x.shape[1]} channels and a concat of {beside} given; this UNet was built for "
                 f"in_channels={self.in_channels} of both together"
             )
+
+
+def _attended(mask: Tensor | None) -> Tensor | None:
+    """The mask [B, L] as attention takes it: [B, 1, 1, L]."""
+    return None if mask is None else mask[:, None, None, :]
 
 
 def _mlp(in_channels: int, out_channels: int) -> nn.Sequential:

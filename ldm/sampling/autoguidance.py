@@ -3,10 +3,9 @@
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ldm.diffusion.denoiser import Denoiser
-from ldm.diffusion.prediction import Denoised
 from ldm.diffusion.schedule import Schedule
 from ldm.errors import UserError
 from ldm.sampling.guidance import Fields, Guidance, Inputs, Pair, Wrapping
@@ -60,17 +59,13 @@ class Autoguidance(Wrapping):
         self._compared = first_stage
 
     def pair(self, denoiser: Denoiser, inputs: Inputs, negative: Inputs, fields: Fields | None) -> Pair:
-        condition = dict(inputs)
-        device = next(iter(condition.values())).device
-        weaker, theirs = self.weaker.to(device), condition
+        device = next(iter(inputs.values())).device
+        theirs = dict(inputs)
         if self.describe is not None and fields is not None:
-            theirs = {name: value for name, value in condition.items() if name == "concat"}
+            theirs = {name: value for name, value in inputs.items() if name == "concat"}
             theirs |= self.describe(fields, device)
-
-        def both(z: Tensor, t: Tensor) -> tuple[Denoised, Denoised]:
-            return weaker(z, t, theirs), denoiser(z, t, condition)
-
-        return both
+        weak, strong = self.weaker.to(device).given(theirs), denoiser.given(inputs)
+        return lambda z, t: (weak(z, t), strong(z, t))
 
 
 def _same_levels(one: Schedule, other: Schedule) -> bool:

@@ -3,9 +3,8 @@
 from torch import Tensor
 
 from ldm.diffusion.denoiser import Denoise
-from ldm.diffusion.schedule import Schedule
 from ldm.errors import UserError
-from ldm.sampling.sampler import Noise, OnStep, Sampler, add_noise_, posterior_deviation, steps_of
+from ldm.sampling.sampler import Noise, OnStep, Sampler, Steps, add_noise_, posterior_deviation
 
 
 class DDIM(Sampler):
@@ -20,12 +19,11 @@ class DDIM(Sampler):
         self,
         denoise: Denoise,
         z: Tensor,
-        times: Tensor,
-        schedule: Schedule,
+        steps: Steps,
         noise: Noise,
         on_step: OnStep = lambda done: None,
     ) -> Tensor:
-        for done, (now, then) in enumerate(steps_of(times, schedule, z), start=1):
+        for done, (now, then) in enumerate(steps, start=1):
             fresh = self.eta * posterior_deviation(now, then)
             kept = max(then.sigma**2 - fresh**2, 0.0) ** 0.5
             z = add_noise_(denoise(z, now.t).mix(then.alpha, kept), fresh, noise)

@@ -3,8 +3,7 @@
 from torch import Tensor
 
 from ldm.diffusion.denoiser import Denoise
-from ldm.diffusion.schedule import Schedule
-from ldm.sampling.sampler import Noise, OnStep, Sampler, add_noise_, steps_of
+from ldm.sampling.sampler import Noise, OnStep, Sampler, Steps, add_noise_
 
 
 class DDPM(Sampler):
@@ -18,12 +17,11 @@ class DDPM(Sampler):
         self,
         denoise: Denoise,
         z: Tensor,
-        times: Tensor,
-        schedule: Schedule,
+        steps: Steps,
         noise: Noise,
         on_step: OnStep = lambda done: None,
     ) -> Tensor:
-        for done, (now, then) in enumerate(steps_of(times, schedule, z), start=1):
+        for done, (now, then) in enumerate(steps, start=1):
             alpha = now.alpha / then.alpha  # of z given the next z; its variance is sigma2
             sigma2 = now.sigma**2 - (alpha * then.sigma) ** 2
             of_z = alpha * then.sigma**2 / now.sigma**2

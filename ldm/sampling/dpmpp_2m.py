@@ -6,8 +6,7 @@ from torch import Tensor
 
 from ldm.diffusion.denoiser import Denoise
 from ldm.diffusion.prediction import Denoised
-from ldm.diffusion.schedule import Schedule
-from ldm.sampling.sampler import Noise, OnStep, Sampler, steps_of
+from ldm.sampling.sampler import Noise, OnStep, Sampler, Steps
 
 
 class DPMPP2M(Sampler):
@@ -21,14 +20,13 @@ class DPMPP2M(Sampler):
         self,
         denoise: Denoise,
         z: Tensor,
-        times: Tensor,
-        schedule: Schedule,
+        steps: Steps,
         noise: Noise,
         on_step: OnStep = lambda done: None,
     ) -> Tensor:
         previous: Denoised | None = None  # one step ago
         h_previous = 0.0
-        for done, (now, then) in enumerate(steps_of(times, schedule, z), start=1):
+        for done, (now, then) in enumerate(steps, start=1):
             estimate = denoise(z, now.t)
             h = then.half_log_snr - now.half_log_snr
             gain = -then.alpha * expm1(-h)

@@ -6,9 +6,8 @@ from torch import Tensor
 
 from ldm.diffusion.denoiser import Denoise
 from ldm.diffusion.prediction import Denoised
-from ldm.diffusion.schedule import Schedule
 from ldm.errors import UserError
-from ldm.sampling.sampler import Noise, OnStep, Sampler, add_noise_, steps_of
+from ldm.sampling.sampler import Noise, OnStep, Sampler, Steps, add_noise_
 
 
 class DPMPP2MSDE(Sampler):
@@ -27,14 +26,13 @@ class DPMPP2MSDE(Sampler):
         self,
         denoise: Denoise,
         z: Tensor,
-        times: Tensor,
-        schedule: Schedule,
+        steps: Steps,
         noise: Noise,
         on_step: OnStep = lambda done: None,
     ) -> Tensor:
         previous: Denoised | None = None  # one step ago
         h_previous = 0.0
-        for done, (now, then) in enumerate(steps_of(times, schedule, z), start=1):
+        for done, (now, then) in enumerate(steps, start=1):
             estimate = denoise(z, now.t)
             h = then.half_log_snr - now.half_log_snr
             fading = self.eta * h if self.eta else 0.0  # h is infinite at the ends

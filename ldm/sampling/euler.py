@@ -3,8 +3,7 @@
 from torch import Tensor
 
 from ldm.diffusion.denoiser import Denoise
-from ldm.diffusion.schedule import Schedule
-from ldm.sampling.sampler import Noise, OnStep, Sampler, steps_of
+from ldm.sampling.sampler import Noise, OnStep, Sampler, Steps
 
 
 class Euler(Sampler):
@@ -18,12 +17,11 @@ class Euler(Sampler):
         self,
         denoise: Denoise,
         z: Tensor,
-        times: Tensor,
-        schedule: Schedule,
+        steps: Steps,
         noise: Noise,
         on_step: OnStep = lambda done: None,
     ) -> Tensor:
-        for done, (now, then) in enumerate(steps_of(times, schedule, z), start=1):
+        for done, (now, then) in enumerate(steps, start=1):
             z = denoise(z, now.t).mix(then.alpha, then.sigma)
             on_step(done)
         return z

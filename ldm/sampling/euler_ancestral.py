@@ -3,9 +3,8 @@
 from torch import Tensor
 
 from ldm.diffusion.denoiser import Denoise
-from ldm.diffusion.schedule import Schedule
 from ldm.errors import UserError
-from ldm.sampling.sampler import Noise, OnStep, Sampler, add_noise_, steps_of
+from ldm.sampling.sampler import Noise, OnStep, Sampler, Steps, add_noise_
 
 
 class EulerAncestral(Sampler):
@@ -23,12 +22,11 @@ class EulerAncestral(Sampler):
         self,
         denoise: Denoise,
         z: Tensor,
-        times: Tensor,
-        schedule: Schedule,
+        steps: Steps,
         noise: Noise,
         on_step: OnStep = lambda done: None,
     ) -> Tensor:
-        for done, (now, then) in enumerate(steps_of(times, schedule, z), start=1):
+        for done, (now, then) in enumerate(steps, start=1):
             s, s_next = now.ratio, then.ratio
             s_up = min(s_next, self.eta * s_next * (1.0 - (s_next / s) ** 2) ** 0.5)
             s_down = (s_next**2 - s_up**2) ** 0.5

@@ -40,12 +40,12 @@ class Guidance(ABC):
         """
         schedule = denoiser.schedule
         pair, rule = self.pair(denoiser, inputs, negative, fields), self.rule(schedule)
-        condition = dict(inputs)
+        unguided = denoiser.given(inputs)
 
         def denoise(z: Tensor, t: Tensor) -> Denoised:
             where = self.applies(schedule, t)  # [B] bool
             if not where.any():
-                return denoiser(z, t, condition)  # type: ignore[no-any-return]
+                return unguided(z, t)
             away, to = pair(z, t)
             guided = rule(z, t, away, to)
             if where.all():
@@ -85,10 +85,10 @@ class ClassifierFree(Guidance):
         return torch.tensor([self.scale != 1.0], device="cpu")
 
     def pair(self, denoiser: Denoiser, inputs: Inputs, negative: Inputs, fields: Fields | None) -> Pair:
-        both = {name: torch.cat([negative[name], inputs[name]]) for name in inputs}
+        both = denoiser.given({name: torch.cat([negative[name], inputs[name]]) for name in inputs})
 
         def halves(z: Tensor, t: Tensor) -> tuple[Denoised, Denoised]:
-            return denoiser(torch.cat([z, z]), torch.cat([t, t]), both).halves()  # type: ignore[no-any-return]
+            return both(torch.cat([z, z]), torch.cat([t, t])).halves()
 
         return halves
 

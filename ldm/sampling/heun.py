@@ -3,8 +3,7 @@
 from torch import Tensor
 
 from ldm.diffusion.denoiser import Denoise
-from ldm.diffusion.schedule import Schedule
-from ldm.sampling.sampler import Noise, OnStep, Sampler, steps_of
+from ldm.sampling.sampler import Noise, OnStep, Sampler, Steps
 
 
 class Heun(Sampler):
@@ -17,16 +16,16 @@ class Heun(Sampler):
         self,
         denoise: Denoise,
         z: Tensor,
-        times: Tensor,
-        schedule: Schedule,
+        steps: Steps,
         noise: Noise,
         on_step: OnStep = lambda done: None,
     ) -> Tensor:
-        for done, (now, then) in enumerate(steps_of(times, schedule, z), start=1):
+        for done, (now, then) in enumerate(steps, start=1):
             estimate = denoise(z, now.t)
             z = estimate.mix(then.alpha, then.sigma)  # Euler
             if then.sigma > 0 and now.alpha > 0:
-                change = denoise(z, then.t).eps - estimate.eps
-                z = z.add(change, alpha=then.alpha * (then.ratio - now.ratio) / 2)
+                half = then.alpha * (then.ratio - now.ratio) / 2
+                denoise(z, then.t).add_to_(z, 0.0, half)
+                estimate.add_to_(z, 0.0, -half)
             on_step(done)
         return z

@@ -6,9 +6,8 @@ from math import prod
 from torch import Tensor
 
 from ldm.diffusion.denoiser import Denoise
-from ldm.diffusion.schedule import Schedule
 from ldm.errors import UserError
-from ldm.sampling.sampler import Noise, OnStep, Sampler, steps_of
+from ldm.sampling.sampler import Noise, OnStep, Sampler, Steps
 
 
 class LMS(Sampler):
@@ -27,13 +26,12 @@ class LMS(Sampler):
         self,
         denoise: Denoise,
         z: Tensor,
-        times: Tensor,
-        schedule: Schedule,
+        steps: Steps,
         noise: Noise,
         on_step: OnStep = lambda done: None,
     ) -> Tensor:
         slopes: list[tuple[float, Tensor]] = []  # (s, eps), the newest last
-        for done, (now, then) in enumerate(steps_of(times, schedule, z), start=1):
+        for done, (now, then) in enumerate(steps, start=1):
             estimate = denoise(z, now.t)
             if now.alpha == 0:
                 z = estimate.mix(then.alpha, then.sigma)

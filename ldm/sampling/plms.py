@@ -6,8 +6,7 @@ from collections.abc import Iterable
 from torch import Tensor
 
 from ldm.diffusion.denoiser import Denoise
-from ldm.diffusion.schedule import Schedule
-from ldm.sampling.sampler import Noise, OnStep, Point, Sampler, steps_of
+from ldm.sampling.sampler import Noise, OnStep, Point, Sampler, Steps
 
 ADAMS_BASHFORTH = (
     (1.0,),
@@ -29,13 +28,12 @@ class PLMS(Sampler):
         self,
         denoise: Denoise,
         z: Tensor,
-        times: Tensor,
-        schedule: Schedule,
+        steps: Steps,
         noise: Noise,
         on_step: OnStep = lambda done: None,
     ) -> Tensor:
         history: deque[Tensor] = deque(maxlen=4)  # eps of the last steps, the newest first
-        for done, (now, then) in enumerate(steps_of(times, schedule, z), start=1):
+        for done, (now, then) in enumerate(steps, start=1):
             estimate = denoise(z, now.t)
             if now.alpha == 0:  # z says nothing of x0, so eps is no slope for the next steps
                 z = estimate.mix(then.alpha, then.sigma)

@@ -1,7 +1,7 @@
-"""What a sampler is: a loop over a time grid that sees `denoise` and the schedule, nothing else."""
+"""What a sampler is: a loop over the steps of a time grid that sees `denoise` and the noise levels, nothing else."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from math import sqrt
 from typing import NamedTuple
@@ -19,31 +19,6 @@ OnStep = Callable[[int], None]
 """Told the number of steps done, after each."""
 
 
-class Sampler(ABC):
-    """Takes z at the grid's first time to a sample at its last."""
-
-    @abstractmethod
-    def __call__(
-        self,
-        denoise: Denoise,
-        z: Tensor,
-        times: Tensor,
-        schedule: Schedule,
-        noise: Noise,
-        on_step: OnStep = lambda done: None,
-    ) -> Tensor:
-        """The sample, shaped like z [B, ...].
-
-        Args:
-            denoise: (z, t [B]) -> (x0, eps).
-            z: the start, alpha x0 + sigma eps at times[0]; never changed in place.
-            times: [steps + 1], falling (see `ldm.sampling.grid`).
-            schedule: gives the level at each time.
-            noise: draws noise of a given shape per image (stochastic samplers alone call it).
-            on_step: called after each step.
-        """
-
-
 class Point(NamedTuple):
     """A time of the grid with its level as plain numbers, so that a step is arithmetic on few tensors."""
 
@@ -57,13 +32,43 @@ class Point(NamedTuple):
     """lambda = log(alpha / sigma): inf at the data, -inf without signal."""
 
 
-def steps_of(times: Tensor, schedule: Schedule, z: Tensor) -> list[tuple[Point, Point]]:
-    """The steps (from, to) of a grid, for z [B, ...]; all levels are computed at once, before the first step."""
+Steps = Sequence[tuple[Point, Point]]
+"""From where to where each step goes; each begins where the last one ended."""
+
+
+def steps_of(times: Tensor, schedule: Schedule, rows: int) -> Steps:
+    """The steps of a time grid [steps + 1] (falling, see `ldm.sampling.grid`) for `rows` images.
+
+    All levels are computed at once, before the first step.
+    """
     times = times.to(device="cpu", dtype=torch.float64)
     alpha, sigma, _, _ = schedule(times)
-    rows = times[:, None].expand(-1, len(z)).unbind()
+    of_rows = times[:, None].expand(-1, rows).unbind()
     numbers = (alpha, sigma, sigma / alpha, torch.log(alpha / sigma))
-    return list(pairwise(map(Point, rows, *(number.tolist() for number in numbers))))
+    return list(pairwise(map(Point, of_rows, *(number.tolist() for number in numbers))))
+
+
+class Sampler(ABC):
+    """Takes z at the first step's level to a sample at the last one's."""
+
+    @abstractmethod
+    def __call__(
+        self,
+        denoise: Denoise,
+        z: Tensor,
+        steps: Steps,
+        noise: Noise,
+        on_step: OnStep = lambda done: None,
+    ) -> Tensor:
+        """The sample, shaped like z [B, ...].
+
+        Args:
+            denoise: (z, t [B]) -> (x0, eps).
+            z: the start, alpha x0 + sigma eps at the first step's level; never changed in place.
+            steps: from where to where each step goes (see `steps_of`).
+            noise: draws noise of a given shape per image (stochastic samplers alone call it).
+            on_step: called after each step.
+        """
 
 
 def posterior_deviation(now: Point, then: Point) -> float:
@@ -78,7 +83,7 @@ def add_noise_(z: Tensor, deviation: float, noise: Noise) -> Tensor:
     """z [B, ...], to which fresh noise of this deviation is added in place; nothing is drawn where that is 0."""
     if deviation == 0:
         return z
-    return z.add_(noise(z.shape[1:]).to(z), alpha=deviation)
+    return z.add_(noise(z.shape[1:]), alpha=deviation)
 
 
 def start(z: Tensor, times: Tensor, schedule: Schedule) -> Tensor:

@@ -7,9 +7,8 @@ from typing import NamedTuple
 from torch import Tensor
 
 from ldm.diffusion.denoiser import Denoise
-from ldm.diffusion.schedule import Schedule
 from ldm.errors import UserError
-from ldm.sampling.sampler import Noise, OnStep, Point, Sampler, steps_of
+from ldm.sampling.sampler import Noise, OnStep, Point, Sampler, Steps
 
 
 class Estimate(NamedTuple):
@@ -36,12 +35,10 @@ class UniPC(Sampler):
         self,
         denoise: Denoise,
         z: Tensor,
-        times: Tensor,
-        schedule: Schedule,
+        steps: Steps,
         noise: Noise,
         on_step: OnStep = lambda done: None,
     ) -> Tensor:
-        steps = steps_of(times, schedule, z)
         to_the_data = steps[-1][1].sigma == 0
         history: list[Estimate] = []  # the newest first
         before, used = z, 0  # z one step ago, and the order of the step that was taken from there

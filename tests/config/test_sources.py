@@ -1,5 +1,6 @@
 """Training goes on from weights of every format; parts that do not fit together are refused with the reason."""
 
+import re
 from pathlib import Path
 from typing import Any, cast
 
@@ -9,10 +10,16 @@ import torch
 from ldm.checkpoint import load_tensors
 from ldm.config.build import stages
 from ldm.config.compose import compose
+from ldm.config.sources import Weights, _check_latents, load_strictly
 from ldm.errors import UserError
+from ldm.first_stage.autoencoder import FirstStage
+from ldm.first_stage.bottleneck import KLBottleneck
 from ldm.interop.convert import convert, read
 from ldm.latent_diffusion import LatentDiffusion
+from ldm.networks.autoencoder import Decoder, Encoder
+from ldm.networks.unet import UNet
 from ldm.training import curriculum
+from tests.interop.tiny import package
 
 
 def overrides_for(shapes: Path, out: Path, *more: str) -> list[str]:
@@ -102,12 +109,47 @@ def test_other_latent_channels_are_refused(run: Path, tiny_shapes: Path, tmp_pat
     assert any(isinstance(cause, UserError) and match in str(cause) for cause in causes)
 
 
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("network.context_dim=24", r"gives tokens of \d+ numbers, the network has context_dim=24"),
+        ("network.vector_dim=16", "gives no vector, the network has vector_dim=16. Give network.vector_dim=null"),
+    ],
+)
+def test_a_text_encoder_that_does_not_fit_the_network_is_refused(
+    run: Path, tiny_shapes: Path, tmp_path: Path, override: str, told: str
+) -> None:
+    with pytest.raises(Exception) as caught:
+        model_of(tiny_shapes, run, tmp_path, override, f"first_stage_from={run}/first_stage")
+    causes = [caught.value, caught.value.__cause__]
+    assert any(isinstance(cause, UserError) and re.search(told, str(cause)) for cause in causes)
+
+
+def test_a_first_stage_of_other_channels_than_a_network_was_trained_on_is_refused() -> None:
+    first_stage = FirstStage(
+        Encoder(3, 8, (1,), 1, 16, groups=4), KLBottleneck(), Decoder(8, 8, (1,), 1, groups=4), latent_channels=8
+    )
+    state = {"first_stage.latent_mean": torch.zeros(4), "first_stage.latent_std": torch.ones(4)}
+    with pytest.raises(UserError, match=r"in base was trained on latents of 4 channels, the first stage in vae has 8"):
+        _check_latents(first_stage, "vae", Weights(state, "base", {}))
+
+
 def test_weights_of_another_width_are_refused(run: Path, tiny_shapes: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"don't fit the model: denoiser.network.*in the file, .* in the model"):
         model_of(
             tiny_shapes, run, tmp_path, "network.model_channels=32", f"init_from={run}/base.safetensors",
             f"first_stage_from={run}/first_stage",
         )  # fmt: skip
+
+
+def test_weights_of_sd_2_are_refused_for_a_network_of_sd_1(tmp_path: Path) -> None:
+    given = {name: package(name, tmp_path) for name in ("sd1", "sd2")}
+    network = UNet(**(given["sd1"].architecture.network or {}))
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    with pytest.raises(UserError, match=r"don't fit the model: time_embed.0.weight: \[256, 64\] in the file") as caught:
+        load_strictly(network, given["sd2"].part("denoiser.network."), "sd2.safetensors")
+    assert "more" in str(caught.value)  # of the many, some are named
+    assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
 
 
 def test_a_first_stage_alone_is_no_model(run: Path, tiny_shapes: Path, tmp_path: Path) -> None:

@@ -88,7 +88,9 @@ def test_it_conditions_each_sample_alone(conditioner: Conditioner, name: str) ->
         assert value.is_floating_point() == alone[part].is_floating_point()
         torch.testing.assert_close(value[1:2], alone[part], atol=1e-5, rtol=1e-4)
         assert not torch.equal(value[0], value[1])
-    assert conditioner.concat_channels(4) == (found["concat"].shape[1] if "concat" in found else 0)
+    sizes = {"tokens": 2, "vector": 1, "concat": 1}
+    widths = {part: found[part].shape[dim] if part in found else 0 for part, dim in sizes.items()}
+    assert conditioner.widths(4)._asdict() == widths
 
 
 @parametrized(name for name in CONDITIONERS if name not in PICTURES)

@@ -11,6 +11,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection
 from ldm.conditioning import clip_projection, clip_text_from_config
 from ldm.config.build import build
 from ldm.config.compose import CONFIGS, compose
+from ldm.networks.controlnet import ControlNet
 
 NETWORKS = {
     "sd1": 859_520_964,
@@ -73,6 +74,11 @@ def test_published_parameter_counts(group: str, name: str, parameters: int) -> N
         module = build(node(group, name))
     assert all(p.is_meta for p in module.parameters())
     assert count(module) == parameters
+
+
+def test_the_controlnet_of_sd_1_has_its_published_size() -> None:
+    with torch.device("meta"):
+        assert count(ControlNet(build(node("network", "sd1")))) == 361_279_120
 
 
 @pytest.mark.parametrize("name", CONDITIONERS)

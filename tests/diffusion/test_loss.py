@@ -166,6 +166,14 @@ def gradient(weighting: Weighting, prediction: Prediction) -> Tensor:
 
 
 @pytest.mark.parametrize("weighting", ON_X0)
+def test_a_weight_on_the_data_is_its_papers(weighting: str) -> None:
+    schedule = VariancePreserving()
+    level = schedule(torch.linspace(schedule.t_min, schedule.t_max, 51, dtype=torch.float64))
+    found = WEIGHTINGS[weighting].weights(level, X0())
+    torch.testing.assert_close(found, ON_X0[weighting](level), rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("weighting", ON_X0)
 def test_a_weighting_gives_equal_gradients_in_every_parameterisation(weighting: str) -> None:
     found = torch.stack([gradient(WEIGHTINGS[weighting], prediction) for prediction in PREDICTIONS.values()])
     torch.testing.assert_close(found, found[:1].expand(len(found)), rtol=1e-3, atol=0)

@@ -53,8 +53,8 @@ def shards(folder: Path, count: int = 130) -> str:
     return str(folder)
 
 
-def data(folder: str, train: dict[str, Any] | None = None, **changed: Any) -> ShardDataModule:
-    source = ShardSource(folder, **({"random_crop": True, "flip": True} | (train or {})))
+def data(shards_of: str, train: dict[str, Any] | None = None, /, **changed: Any) -> ShardDataModule:
+    source = ShardSource(shards_of, **({"random_crop": True, "flip": True} | (train or {})))
     settings: dict[str, Any] = {"size": 16, "global_batch": 8, "total_steps": STEPS, "seed": 5}
     settings["buckets"] = AspectRatios(step=4)
     return ShardDataModule(source, None, **(settings | changed))
@@ -278,6 +278,7 @@ def test_twenty_thousand_samples_grow_no_memory_and_keep_few_files_open(tmp_path
     for number in range(100):
         held = ((f"{i:03d}", {"jpg": picture, "txt": b"words"}) for i in range(200))
         write_shard(tmp_path / f"{number:03d}.tar", held)
+    files = len(os.listdir("/proc/self/fd"))
     batches = ready(str(tmp_path), buckets=None, global_batch=100, total_steps=1000).train_batches()
     for step in range(20):
         batches[step]
@@ -285,7 +286,7 @@ def test_twenty_thousand_samples_grow_no_memory_and_keep_few_files_open(tmp_path
     for step in range(20, 200):
         batches[step]
     assert resident_bytes() - before < 50 << 20
-    assert len(os.listdir("/proc/self/fd")) < 64 + 100
+    assert len(os.listdir("/proc/self/fd")) - files <= 64 + 20  # some shards, and the columns of the index
 
 
 @pytest.mark.parametrize(

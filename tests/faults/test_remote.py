@@ -282,8 +282,8 @@ def test_the_shipped_config_has_the_knobs() -> None:
     data = compose("train", [*overrides, "data.train.remote.shard_cache=c"]).data
     check(data)
     built = build(data)
-    assert built.train.remote == built.val.remote == Remote(shard_cache="c")
-    assert build(compose("train", overrides).data).train.remote == Remote()
+    assert built.sources["train"].remote == built.val.remote == Remote(shard_cache="c")
+    assert build(compose("train", overrides).data).sources["train"].remote == Remote()
 
 
 @pytest.mark.parametrize("knob", ["deadline_s", "timeout_s", "shard_cache_gib"])

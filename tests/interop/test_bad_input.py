@@ -1,5 +1,6 @@
 """Files that are no model, or not a whole one: one clear error each, and nothing is written."""
 
+import json
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -44,9 +45,23 @@ def cut_short(whole: Path, path: Path) -> Path:
     return file
 
 
+def cut_checkpoint(whole: Path, path: Path) -> Path:
+    tensors, _ = load_tensors(whole / "whole.safetensors")
+    torch.save({"state_dict": tensors}, path / "cut.ckpt")
+    (path / "cut.ckpt").write_bytes((path / "cut.ckpt").read_bytes()[:-1000])
+    return path / "cut.ckpt"
+
+
 def lora(whole: Path, path: Path) -> Path:
     file = path / "model.safetensors"
     save_tensors(file, {"lora_unet_down_blocks_0_attentions_0.lora_down.weight": torch.zeros(4, 8)})
+    return file
+
+
+def peft_lora(whole: Path, path: Path) -> Path:
+    """As PEFT and diffusers name it."""
+    file = path / "pytorch_lora_weights.safetensors"
+    save_tensors(file, {"unet.down_blocks.0.attentions.0.proj_in.lora_A.weight": torch.zeros(4, 8)})
     return file
 
 
@@ -54,6 +69,30 @@ def controlnet(whole: Path, path: Path) -> Path:
     file = path / "model.safetensors"
     save_tensors(file, {"control_model.input_blocks.0.0.weight": torch.zeros(32, 4, 3, 3)})
     return file
+
+
+def controlnet_folder(whole: Path, path: Path) -> Path:
+    folder = path / "controlnet"
+    folder.mkdir()
+    (folder / "config.json").write_text('{"_class_name": "ControlNetModel"}')
+    save_tensors(folder / "diffusion_pytorch_model.safetensors", {"controlnet_mid_block.bias": torch.zeros(32)})
+    return folder
+
+
+def sd2_weights(whole: Path, path: Path) -> Path:
+    """A folder whose UNet's configuration is SD 1's and whose UNet's weights are SD 2's."""
+    write_diffusers(package("sd1", path / "parts"), path / "folder")
+    write_diffusers(package("sd2", path / "parts"), path / "sd2")
+    name = "diffusion_pytorch_model.safetensors"
+    (path / "folder" / "unet" / name).write_bytes((path / "sd2" / "unet" / name).read_bytes())
+    return path / "folder"
+
+
+def epsilon_without_signal(whole: Path, path: Path) -> Path:
+    write_diffusers(package("sd1", path / "parts"), path / "folder")
+    file = path / "folder" / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"rescale_betas_zero_snr": True}))
+    return path / "folder"
 
 
 def changed(whole: Path, path: Path) -> Path:
@@ -92,8 +131,13 @@ def something_else(whole: Path, path: Path) -> Path:
     [
         (code_in_it, "cannot be read safely"),
         (cut_short, "not a whole safetensors file"),
+        (cut_checkpoint, "not a whole torch checkpoint"),
         (lora, "holds a LoRA"),
+        (peft_lora, "holds a LoRA"),
         (controlnet, "holds a ControlNet"),
+        (controlnet_folder, "holds a ControlNetModel alone"),
+        (sd2_weights, "time_embedding.linear_1.weight: [256, 64] in the file, [128, 32] expected"),
+        (epsilon_without_signal, "singular at the last time"),
         (changed, "missing model.diffusion_model.out.2.bias; unexpected model.diffusion_model.out.3.weight; "),
         (changed, "model.diffusion_model.time_embed.0.bias: [3] in the file, [128] expected"),
         (without_text, "UNet without a text encoder"),

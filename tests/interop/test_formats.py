@@ -1,13 +1,15 @@
 """Round trips between the formats, and what is recognised without help."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from ldm.checkpoint import load_tensors, save_tensors
-from ldm.interop.convert import cast, convert, read
+from ldm.config.build import load_trained
+from ldm.interop.convert import cast, convert, main, read
 from ldm.interop.diffusers_folder import write_diffusers
 from ldm.interop.own_folder import write_own
 from ldm.interop.package import Architecture, Package, shapes_of_first_stage
@@ -135,13 +137,37 @@ def test_first_stages_alone(kind: str, to: str, tmp_path: Path) -> None:
         same(bare.part("first_stage.encoder."), found.part("first_stage.encoder."))
 
 
-def test_half_precision_on_request(tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
+@pytest.mark.parametrize("to", ["single_file", "diffusers", "ldm"])
+def test_half_precision_on_request(to: str, dtype: torch.dtype, tmp_path: Path) -> None:
     write_own(package("sd1", tmp_path), tmp_path / "own")
-    convert(tmp_path / "own", tmp_path / "half.safetensors", "single_file", dtype="float16")
-    assert {t.dtype for t in load_tensors(tmp_path / "half.safetensors")[0].values()} == {torch.float16}
-    wanted = cast(read(tmp_path / "own"), torch.float16)
-    same(read(tmp_path / "half.safetensors").state, wanted.state)
+    out = tmp_path / ("half.safetensors" if to == "single_file" else "half")
+    name = str(dtype).removeprefix("torch.")
+    assert main([str(tmp_path / "own"), str(out), "--to", to, "--dtype", name]) == 0
+    written = [out] if out.is_file() else sorted(out.rglob("*.safetensors"))
+    kept = {"latent_mean", "latent_std"}  # four numbers each
+    tensors = {n: t for file in written for n, t in load_tensors(file)[0].items() if n.split(".")[-1] not in kept}
+    assert {t.dtype for t in tensors.values()} == {dtype}
+    wanted = cast(read(tmp_path / "own"), dtype)
+    same(read(out).state, wanted.state)
     assert wanted.state["first_stage.latent_std"].dtype == torch.float32
+
+
+@pytest.mark.parametrize("to", ["diffusers", "single_file", "ldm"])
+@pytest.mark.parametrize("kind", ["ScaledLinear", "Linear"])
+def test_a_schedule_of_zero_terminal_snr_travels(kind: str, to: str, tmp_path: Path) -> None:
+    given = package("sd2", tmp_path)
+    inner = {**given.architecture.schedule, "kind": kind}
+    schedule = {"kind": "ZeroTerminalSNR", "schedule": inner}
+    model = replace(given, architecture=replace(given.architecture, schedule=schedule))
+    write_own(model, tmp_path / "own")
+    out = tmp_path / ("out.safetensors" if to == "single_file" else "out")
+    convert(tmp_path / "own", out, to)
+    assert read(out).architecture.schedule == schedule
+    convert(out, tmp_path / "back", "ldm")
+    same(read(tmp_path / "back").state, model.state)
+    denoiser = load_trained(str(tmp_path / "back"), "ema", "cpu").model.denoiser
+    assert float(denoiser.schedule(torch.tensor(999.0)).alpha) == 0.0
 
 
 def test_large_weights_are_written_in_shards(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """What is written, used by diffusers: its pipelines' images, its reading of single files."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -7,13 +8,13 @@ import pytest
 import torch
 
 from ldm.config.build import load_trained
-from ldm.diffusion.schedule import ScaledLinear
+from ldm.diffusion.schedule import ScaledLinear, ZeroTerminalSNR
 from ldm.generation import Generator, Request, SamplingSettings
 from ldm.interop.diffusers_folder import write_diffusers
 from ldm.interop.own_folder import write_own
 from ldm.interop.single_file import write_single_file
 from ldm.sampling.ddim import DDIM
-from ldm.sampling.grid import Leading
+from ldm.sampling.grid import Grid, Leading, Trailing
 from ldm.sampling.guidance import ClassifierFree
 from ldm.sampling.noise import ImageNoise
 
@@ -30,10 +31,10 @@ def statistics(channels: int) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.linspace(-1.0, 1.0, channels), torch.linspace(2.0, 4.0, channels)
 
 
-def ours(folder: Path) -> torch.Tensor:
-    """Our Generator's image [3, H, W]."""
+def ours(folder: Path, grid: Grid | None = None) -> torch.Tensor:
+    """Our Generator's image [3, H, W]; without a grid on SD's times."""
     generator = Generator(load_trained(str(folder), "ema", "cpu").model)
-    settings = SamplingSettings(DDIM(), Leading(), ClassifierFree(SCALE), STEPS)
+    settings = SamplingSettings(DDIM(), grid or Leading(), ClassifierFree(SCALE), STEPS)
     return generator.batch([Request({"caption": PROMPT}, SEED)], (SIDE, SIDE), settings)[0]
 
 
@@ -74,6 +75,21 @@ def test_the_schedules_are_the_same(tmp_path: Path) -> None:
     wanted = torch.from_numpy(ScaledLinear().alphas_cumprod).float()
     torch.testing.assert_close(scheduler.alphas_cumprod, wanted, rtol=1e-5, atol=0)
     assert scheduler.config.prediction_type == "v_prediction"
+
+
+def test_zero_terminal_snr_is_theirs(tmp_path: Path) -> None:
+    """The same schedule, and the same image from its last time, where nothing of the picture is left."""
+    given = package("sd2", tmp_path)
+    schedule = {"kind": "ZeroTerminalSNR", "schedule": given.architecture.schedule}
+    model = replace(given, architecture=replace(given.architecture, schedule=schedule))
+    write_own(model, tmp_path / "own")
+    write_diffusers(model, tmp_path / "folder")
+    pipeline = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path / "folder", local_files_only=True)
+    wanted = torch.from_numpy(ZeroTerminalSNR(ScaledLinear()).alphas_cumprod).float()
+    torch.testing.assert_close(pipeline.scheduler.alphas_cumprod, wanted, rtol=1e-4, atol=1e-6)
+    pipeline.scheduler.set_timesteps(STEPS)
+    assert int(pipeline.scheduler.timesteps[0]) == 999
+    assert (theirs(pipeline) - ours(tmp_path / "own", Trailing())).abs().max() < TOLERANCE
 
 
 def test_the_refiner_loads(tmp_path: Path) -> None:

@@ -13,6 +13,12 @@ def copy_weights(ours: nn.Module, peer: nn.Module, pieces: Sequence[Piece]) -> N
     peer.load_state_dict({piece.theirs: piece.of(state) for piece in pieces}, strict=True)
 
 
+def share_weights(ours: nn.Module, peer: nn.Module, pieces: Sequence[Piece]) -> None:
+    """Gives a peer that was built on the meta device our weights themselves, so that large ones exist once."""
+    state = {name: p.detach() for name, p in ours.named_parameters()}
+    peer.load_state_dict({piece.theirs: piece.of(state) for piece in pieces}, strict=True, assign=True)
+
+
 def gradients_of(peer: nn.Module, ours: nn.Module, pieces: Sequence[Piece]) -> dict[str, Tensor]:
     """The peer's gradients by our names and in our shapes."""
     shapes = {name: p.shape for name, p in ours.named_parameters()}

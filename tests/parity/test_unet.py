@@ -8,7 +8,7 @@ import torch
 from ldm.interop.names import unet_to_diffusers
 from ldm.networks.unet import UNet
 
-from .names import copy_weights, gradients_of, relative, spread, worst_gradient
+from .names import copy_weights, gradients_of, relative, share_weights, spread, worst_gradient
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -76,16 +76,22 @@ REFINER: Case = (
         projection_class_embeddings_input_dim=20 + 5 * 8,
     ),
 )
-CONDITIONAL = {"sd1": SD1, "inpainting": INPAINTING, "sd2": SD2, "sdxl": SDXL, "refiner": REFINER}
+# With a channel per group, the biases before the norms would have gradients of rounding errors alone: 8 groups.
+CONDITIONAL: dict[str, Case] = {
+    name: (ours | dict(groups=8), peers | dict(norm_num_groups=8))
+    for name, (ours, peers) in dict(sd1=SD1, inpainting=INPAINTING, sd2=SD2, sdxl=SDXL, refiner=REFINER).items()
+}
 
 
-def compare(ours: dict[str, Any], peers: dict[str, Any], size: tuple[int, int] = (16, 24)) -> None:
+def compare(ours: dict[str, Any], peers: dict[str, Any], size: tuple[int, int] = (16, 24)) -> dict[str, float]:
+    """The relative differences of the output, of the latents' gradient and of the worst parameter's gradient."""
     torch.manual_seed(0)
     unet = UNet(**({"in_channels": 4, "out_channels": 4, "model_channels": 32, "num_res_blocks": 2} | ours))
     spread(unet)
-    peer = diffusers.UNet2DConditionModel(**peers)
+    with torch.device("meta"):
+        peer = diffusers.UNet2DConditionModel(**peers)
     pieces = unet_to_diffusers(dict(unet.named_parameters()))
-    copy_weights(unet, peer, pieces)
+    share_weights(unet, peer, pieces)
 
     latents, t = torch.randn(2, 4, *size), torch.tensor([7.0, 800.0])
     tokens = torch.randn(2, 5, unet.context_dim or 1)
@@ -102,15 +108,16 @@ def compare(ours: dict[str, Any], peers: dict[str, Any], size: tuple[int, int] =
     out = unet(a, t, tokens, mask, vector=vector, concat=concat)
     given = b if concat is None else torch.cat([b, concat], dim=1)
     wanted = peer(given, t, tokens, encoder_attention_mask=mask, added_cond_kwargs=added).sample
-    assert relative(out, wanted) < TOLERANCE
-
+    reached = {"output": relative(out, wanted)}
     target = torch.randn_like(out)
     (out - target).square().mean().backward()
     (wanted - target).square().mean().backward()
     assert a.grad is not None and b.grad is not None
-    assert relative(a.grad, b.grad) < TOLERANCE
+    reached["latents"] = relative(a.grad, b.grad)
     worst, name = worst_gradient(unet, gradients_of(peer, unet, pieces))
-    assert worst < TOLERANCE, (name, worst)
+    reached[name] = worst
+    assert all(value < TOLERANCE for value in reached.values()), reached
+    return reached
 
 
 @pytest.mark.parametrize("name", CONDITIONAL)
@@ -118,11 +125,12 @@ def test_outputs_and_gradients_are_those_of_diffusers(name: str) -> None:
     compare(*CONDITIONAL[name])
 
 
-@pytest.mark.slow  # full width: 860M parameters, 4 copies of them in float32
+@pytest.mark.slow  # full width: 860M parameters, 3 copies of them in float32 (weights, and two gradients)
 def test_sd1_at_full_width() -> None:
     ours, peers = SD1
     full = dict(block_out_channels=(320, 640, 1280, 1280), cross_attention_dim=768)
-    compare(ours | dict(model_channels=320, context_dim=768), peers | full, size=(8, 8))
+    # 2 x 2 pixels at the lowest level: over a single one, attention's weights have no gradient but rounding errors.
+    compare(ours | dict(model_channels=320, context_dim=768), peers | full, size=(16, 16))
 
 
 @pytest.mark.parametrize("resample_blocks", [False, True], ids=["convolutions", "blocks"])

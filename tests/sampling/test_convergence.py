@@ -19,11 +19,11 @@ from ldm.config.build import build
 from ldm.config.compose import CONFIGS
 from ldm.diffusion.denoiser import Denoise
 from ldm.diffusion.prediction import Denoised
-from ldm.diffusion.schedule import ScaledLinear, Schedule, VariancePreserving
+from ldm.diffusion.schedule import ScaledLinear, Schedule, VarianceExploding, VariancePreserving
 from ldm.sampling.ddim import DDIM
 from ldm.sampling.ddpm import DDPM
 from ldm.sampling.grid import Grid, Karras, Leading, Trailing, UniformLogSNR
-from ldm.sampling.sampler import Noise, Sampler, start
+from ldm.sampling.sampler import Noise, Sampler, start, steps_of
 from tests.sampling.mixture import COVARIANCE, MEAN, exact, flowed, level_at
 
 SAMPLERS = sorted(path.stem for path in (CONFIGS / "sampler").glob("*.yaml"))
@@ -88,7 +88,7 @@ def test_the_error_falls_at_the_samplers_order(name: str) -> None:
     for steps in (320, 640, 1280):
         times = case.times(CONTINUOUS, steps)
         z, reference = flowed(CONTINUOUS, float(times[0]), float(times[-1]))
-        end = sampler(exact(CONTINUOUS), z, times, CONTINUOUS, silent)
+        end = sampler(exact(CONTINUOUS), z, steps_of(times, CONTINUOUS, len(z)), silent)
         errors.append(float((end - reference).abs().max()))
     slopes = -np.diff(np.log2(errors))
     assert case.lowest < slopes.min() and slopes.max() < case.highest, (slopes, errors)
@@ -122,7 +122,7 @@ def end_variance(sampler: Sampler, schedule: Schedule, times: Tensor, std: float
     z = torch.zeros(rows, 1, dtype=torch.float64)
     z[0] = (alpha**2 * std**2 + sigma**2) ** 0.5
     draws = iter(torch.eye(rows, dtype=torch.float64)[1:, :, None])
-    end = sampler(gaussian(schedule, std), z, times, schedule, lambda shape: next(draws))
+    end = sampler(gaussian(schedule, std), z, steps_of(times, schedule, len(z)), lambda shape: next(draws))
     return float(end.square().sum())
 
 
@@ -210,7 +210,9 @@ def test_samples_have_the_mixtures_moments(name: str) -> None:
 
     times = without_the_data(UniformLogSNR())(CONTINUOUS, 250)
     z = start(noise((2,)), times, CONTINUOUS)
-    found = sampler_of(name.split("-")[0], **VARIANCES[name].knobs)(exact(CONTINUOUS), z, times, CONTINUOUS, noise)
+    found = sampler_of(name.split("-")[0], **VARIANCES[name].knobs)(
+        exact(CONTINUOUS), z, steps_of(times, CONTINUOUS, n), noise
+    )
     torch.testing.assert_close(found.mean(0), MEAN, rtol=0, atol=0.03)  # three standard errors, or more
     torch.testing.assert_close(found.T.cov(), COVARIANCE, rtol=0.05, atol=0.015)
 
@@ -249,8 +251,25 @@ def test_without_noise_samples_end_at_the_point_of_data(name: str, steps: int) -
         return Denoised(x0, (z - alpha * x0) / sigma)
 
     start = level_at(schedule, float(times[0]))[0] * x0
-    end = sampler_of(name)(denoise, start, times, schedule, lambda shape: torch.zeros(1, *shape, dtype=torch.float64))
+    end = sampler_of(name)(
+        denoise, start, steps_of(times, schedule, 1), lambda shape: torch.zeros(1, *shape, dtype=torch.float64)
+    )
     torch.testing.assert_close(end, schedule.alphas_cumprod[0] ** 0.5 * x0, rtol=1e-11, atol=0)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 4, 5, 9])
+def test_plms_integrates_a_linear_slope_exactly_from_its_first_step(steps: int) -> None:
+    """So do the improved Euler's step and the shorter formulas that it begins with, whose errors later ones drown."""
+    schedule = VarianceExploding()
+    times = torch.linspace(10.0, 1.0, steps + 1, dtype=torch.float64)
+
+    def denoise(z: Tensor, t: Tensor) -> Denoised:
+        eps = torch.full_like(z, 0.3 + 0.7 * float(t[0]))
+        return Denoised(z - float(t[0]) * eps, eps)
+
+    z = torch.tensor([[0.4]], dtype=torch.float64)
+    end = sampler_of("plms")(denoise, z, steps_of(times, schedule, 1), silent)
+    assert float(end) == pytest.approx(0.4 + 0.3 * (1.0 - 10.0) + 0.35 * (1.0 - 100.0), rel=1e-13)
 
 
 def fixed_noise(rows: int) -> Noise:
@@ -262,8 +281,8 @@ def test_ddim_at_eta_1_is_ddpm_on_the_full_grid() -> None:
     schedule = ScaledLinear()
     times = Trailing()(schedule, 1000)
     z = torch.randn(4, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    one = DDIM(eta=1.0)(exact(schedule), z, times, schedule, fixed_noise(4))
-    other = DDPM()(exact(schedule), z, times, schedule, fixed_noise(4))
+    one = DDIM(eta=1.0)(exact(schedule), z, steps_of(times, schedule, 4), fixed_noise(4))
+    other = DDPM()(exact(schedule), z, steps_of(times, schedule, 4), fixed_noise(4))
     torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
 
 
@@ -281,7 +300,7 @@ def test_what_is_the_same_method_gives_the_same_samples(one: Any, other: Any) ->
     schedule = ScaledLinear()
     z = torch.randn(4, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     found = [
-        sampler_of(name, **knobs)(exact(schedule), z, Trailing()(schedule, 30), schedule, fixed_noise(4))
+        sampler_of(name, **knobs)(exact(schedule), z, steps_of(Trailing()(schedule, 30), schedule, 4), fixed_noise(4))
         for name, knobs in (one, other)
     ]
     torch.testing.assert_close(found[0], found[1], rtol=0, atol=1e-12)

@@ -22,7 +22,7 @@ from ldm.diffusion.schedule import (
 from ldm.errors import UserError
 from ldm.sampling.grid import Grid, Karras, Leading, Linspace, Shifted, Trailing, UniformLogSNR
 from ldm.sampling.noise import ImageNoise
-from ldm.sampling.sampler import start
+from ldm.sampling.sampler import start, steps_of
 
 SCHEDULE = ScaledLinear()
 MEAN, STD = 0.7, 0.4
@@ -53,7 +53,7 @@ def test_every_shipped_sampler_finds_the_data(path: Path) -> None:
     z, told = unit_noise(5_000), list[int]()
     before = z.clone()
     noise, times = ImageNoise(list(range(5_000))), Trailing()(SCHEDULE, 100)
-    end = build(OmegaConf.load(path))(exact(SCHEDULE), z, times, SCHEDULE, noise, told.append)
+    end = build(OmegaConf.load(path))(exact(SCHEDULE), z, steps_of(times, SCHEDULE, len(z)), noise, told.append)
     assert torch.equal(z, before)
     assert told == list(range(1, 101))
     assert float(end.mean()) == pytest.approx(MEAN, abs=0.03)
@@ -66,7 +66,9 @@ def test_every_sampler_can_begin_without_any_signal(path: Path, schedule: Schedu
     """At alpha = 0 sigma / alpha and log-SNR are infinite."""
     times = Trailing()(schedule, 100)
     z = start(unit_noise(500), times, schedule)
-    end = build(OmegaConf.load(path))(exact(schedule), z, times, schedule, ImageNoise(list(range(500))))
+    end = build(OmegaConf.load(path))(
+        exact(schedule), z, steps_of(times, schedule, len(z)), ImageNoise(list(range(500)))
+    )
     assert float(end.mean()) == pytest.approx(MEAN, abs=0.08)
     assert float(end.std()) == pytest.approx(STD, rel=0.2)
 
@@ -75,7 +77,9 @@ def test_every_sampler_can_begin_without_any_signal(path: Path, schedule: Schedu
 @pytest.mark.parametrize("path", SAMPLERS, ids=lambda p: p.stem)
 def test_every_sampler_goes_with_every_grid(path: Path, grid: Grid) -> None:
     noise = ImageNoise(list(range(500)))
-    end = build(OmegaConf.load(path))(exact(SCHEDULE), unit_noise(500), grid(SCHEDULE, 100), SCHEDULE, noise)
+    end = build(OmegaConf.load(path))(
+        exact(SCHEDULE), unit_noise(500), steps_of(grid(SCHEDULE, 100), SCHEDULE, 500), noise
+    )
     assert float(end.mean()) == pytest.approx(MEAN, abs=0.08)
     assert float(end.std()) == pytest.approx(STD, rel=0.25)
 
@@ -105,8 +109,8 @@ def test_samples_do_not_depend_on_what_the_network_predicts(path: Path, predicti
     sampler, times = build(OmegaConf.load(path)), Trailing()(schedule, 10)
     denoiser = Denoiser(ExactNetwork(schedule, prediction), schedule, prediction)
     z = start(unit_noise(8), times, schedule)
-    one = sampler(lambda z, t: denoiser(z, t, {}), z, times, schedule, ImageNoise(list(range(8))))
-    other = sampler(exact(schedule), z, times, schedule, ImageNoise(list(range(8))))
+    one = sampler(denoiser.given({}), z, steps_of(times, schedule, len(z)), ImageNoise(list(range(8))))
+    other = sampler(exact(schedule), z, steps_of(times, schedule, len(z)), ImageNoise(list(range(8))))
     torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)  # the network's time is in float32
 
 
@@ -183,6 +187,14 @@ def test_impossible_knobs_are_refused(given: str, told: str) -> None:
 def test_a_karras_grid_outside_the_schedule_is_refused() -> None:
     with pytest.raises(UserError, match="nothing is left"):
         Karras(sigma_min=20.0, sigma_max=80.0)(SCHEDULE, 10)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
+def test_the_start_has_the_deviation_of_normalised_data_at_its_level(schedule: Schedule) -> None:
+    times = Trailing()(schedule, 7)[2:]
+    alpha, sigma, _, _ = schedule(times[:1])
+    begun = start(torch.full((2, 3), 0.5, dtype=torch.float64), times, schedule)
+    torch.testing.assert_close(begun, 0.5 * torch.hypot(alpha, sigma).expand(2, 3), rtol=1e-12, atol=0)
 
 
 def test_an_images_noise_is_its_seeds_alone() -> None:
