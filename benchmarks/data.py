@@ -4,8 +4,8 @@ The shards hold synthetic pictures of photographs' spectrum, 512 to 1024 px and 
 makes float32 batches of 32 in [-1, 1], 256 px, shorter side resized and centre crop. A rate is images a second while
 the contender runs alone; what its workers had ready before is not counted. Rounds are interleaved; medians, quartiles.
 
-Also: the plan's global batches a second (a batch is its indices and epochs, every position of it; some hundred
-steps are asked for at once), and captions tokenised a second, in batches as the conditioner does and one by one.
+Also, in the same rounds: global batches of the plan (65,536 positions are asked for at once), tokens of captions, and
+samples from cached latents, all a second. `--only` leaves out the pictures or these.
 """
 
 import argparse
@@ -27,13 +27,12 @@ import webdataset as wds
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from ldm.conditioning.tokenizer import captions_tokenizer
+from benchmarks.data_rates import Clock, Rate, latent_rates, plan_rates, token_rates
 from ldm.data.datamodule import ShardDataModule
 from ldm.data.decode import DECODERS, cover_size
 from ldm.data.fetch import as_images
 from ldm.data.index import load_manifest
 from ldm.data.loader import StepLoader
-from ldm.data.plan import Plan
 from ldm.data.shard_source import ShardSource
 from ldm.data.shards import write_shard
 
@@ -138,26 +137,39 @@ def by_name(name: str) -> Callable[[bytes], np.ndarray]:
     return lambda data: centre(decode(data, (SIZE, SIZE))[0])
 
 
-def rate(batches: Batches, ready: int, seconds: float) -> float:
+def rate(batches: Batches, ready: int) -> Rate:
     """Images a second; the first `ready` batches may have been made before."""
-    for _ in range(ready):
-        next(batches)
-    began, count = time.perf_counter(), 0
-    while count == 0 or time.perf_counter() - began < seconds:
-        next(batches)
-        count += BATCH
-    return count / (time.perf_counter() - began)
+
+    def measured(seconds: float, clock: Clock) -> float:
+        for _ in range(ready):
+            next(batches)
+        began, count = clock(), 0
+        while count == 0 or clock() - began < seconds:
+            next(batches)
+            count += BATCH
+        return count / (clock() - began)
+
+    return measured
 
 
-def contenders(folder: Path, pictures: list[bytes]) -> dict[str, tuple[Batches, int]]:
-    """The batches of each, and how many it may have made before it is asked."""
+def alone(folder: Path, pictures: list[bytes]) -> dict[str, tuple[Batches, int]]:
+    """The batches of those that work in this thread, and how many each may have made before it is asked."""
     return {
         "webdataset + Pillow, no worker": (webdataset_batches(folder, with_pillow, 0), 1),
-        "webdataset + Pillow, 2 workers": (webdataset_batches(folder, with_pillow, 2), 5),
-        "webdataset + simplejpeg reduced, 2 workers": (webdataset_batches(folder, with_simplejpeg, 2), 5),
+        "webdataset + simplejpeg reduced, no worker": (webdataset_batches(folder, with_simplejpeg, 0), 1),
         "decoding alone, Pillow": (decoded(pictures, with_pillow, 1), 0),
         "decoding alone, exact": (decoded(pictures, by_name("exact"), 1), 0),
         "decoding alone, fast": (decoded(pictures, by_name("fast"), 1), 0),
+        "ours, exact, no worker": (our_batches(folder, "exact", 0, 0), 1),
+        "ours, fast, no worker": (our_batches(folder, "fast", 0, 0), 1),
+    }
+
+
+def together(folder: Path, pictures: list[bytes]) -> dict[str, tuple[Batches, int]]:
+    """The same of those that have several threads or processes."""
+    return {
+        "webdataset + Pillow, 2 workers": (webdataset_batches(folder, with_pillow, 2), 5),
+        "webdataset + simplejpeg reduced, 2 workers": (webdataset_batches(folder, with_simplejpeg, 2), 5),
         "decoding alone, fast, 2 threads": (decoded(pictures, by_name("fast"), 2), 0),
         "decoding alone, exact, 2 threads": (decoded(pictures, by_name("exact"), 2), 0),
         "ours, fast, 2 threads": (our_batches(folder, "fast", 0, 2), 3),
@@ -167,83 +179,45 @@ def contenders(folder: Path, pictures: list[bytes]) -> dict[str, tuple[Batches, 
     }
 
 
-def plan_rate(global_batch: int, window: int | None, seconds: float) -> float:
-    """Global batches a second of 400 million samples."""
-    plan, positions = Plan(400_000_000, global_batch, 0, window), np.arange(global_batch)
-    block = max(1, (1 << 16) // global_batch)
-    began, steps = time.perf_counter(), 0
-    while time.perf_counter() - began < seconds:
-        plan.at_many(np.arange(steps, steps + block), positions)
-        steps += block
-    return steps / (time.perf_counter() - began)
-
-
-def token_rates(folder: Path, seconds: float) -> dict[str, float]:
-    """Captions a second: in batches as the conditioner asks, and one by one with padding, as one often sees."""
-    rng = np.random.default_rng(0)
-    words = [
-        "a",
-        "photograph",
-        "of",
-        "red",
-        "mountain",
-        "lake",
-        "at",
-        "evening",
-        "two",
-        "dogs",
-        "running",
-        "old",
-        "house",
-    ]
-    captions = [" ".join(rng.choice(words, rng.integers(6, 25))) for _ in range(256)]
-    tokenizer = captions_tokenizer(captions, folder / "tokenizer", 2000)
-    found = {}
-    for name, size in (("tokens, batches of 256", 256), ("tokens, one by one", 1)):
-        began, count = time.perf_counter(), 0
-        while time.perf_counter() - began < seconds:
-            for start in range(0, len(captions), size):
-                if size > 1:
-                    tokenizer(captions[start : start + size], padding=False, truncation=False, verbose=False)
-                else:
-                    tokenizer(captions[start], padding="max_length", truncation=True, max_length=77)
-            count += len(captions)
-        found[name] = count / (time.perf_counter() - began)
-    return found
-
-
 def quartiles(values: list[float]) -> str:
     low, middle, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
     return f"{middle:>12,.0f}   ({low:,.0f} to {high:,.0f})"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--seconds", type=float, default=3.0, help="of each contender in each round")
     parser.add_argument("--pictures", type=int, default=200)
+    parser.add_argument("--latents", type=int, default=8000, help="samples of cached latents")
+    parser.add_argument("--only", choices=("pictures", "rates"))
+    parser.add_argument("--cpu-time", action="store_true", help="seconds of this process's own, on a busy machine")
     options = parser.parse_args()
+    clock: Clock = time.process_time if options.cpu_time else time.perf_counter
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name, "shards")
-        pictures = make_shards(folder, options.pictures)
-        load_manifest(str(folder))
-        everyone = contenders(folder, pictures)
-        found: dict[str, list[float]] = {}
+        everyone: dict[str, Rate] = {}
+        if options.only != "rates":
+            pictures = make_shards(folder, options.pictures)
+            load_manifest(str(folder))
+            found = alone(folder, pictures) | ({} if options.cpu_time else together(folder, pictures))
+            everyone |= {f"images/s: {who}": rate(*each) for who, each in found.items()}
+        if options.only != "pictures":
+            progress("latents")
+            workers = [0] if options.cpu_time else [0, 1, 2]
+            everyone |= plan_rates() | token_rates(Path(name)) | latent_rates(Path(name), options.latents, workers)
+        rates: dict[str, list[float]] = {}
         for number in range(options.rounds):
-            for who, (batches, ready) in everyone.items():
+            for who, measure in everyone.items():
                 progress(f"round {number + 1} of {options.rounds}: {who}")
-                found.setdefault(f"images/s: {who}", []).append(rate(batches, ready, options.seconds))
-            for batch, window in ((32, None), (32, 65536), (256, None), (2048, None)):
-                name_of = f"batches/s: plan, global batch {batch}, window {window or 'all'}"
-                found.setdefault(name_of, []).append(plan_rate(batch, window, options.seconds / 4))
-            for who, value in token_rates(Path(name), options.seconds / 4).items():
-                found.setdefault(f"captions/s: {who}", []).append(value)
+                rates.setdefault(who, []).append(measure(options.seconds, clock))
         progress("")
+    if options.only != "rates":
         sizes = [len(data) / 1000 for data in pictures]
         sys.stdout.write(f"\n{len(pictures)} JPEGs, {min(sizes):.0f} to {max(sizes):.0f} KB\n")
-        for who, values in found.items():
-            sys.stdout.write(f"{who:<62}{quartiles(values)}\n")
+    for who, values in rates.items():
+        sys.stdout.write(f"{who:<62}{quartiles(values)}\n")
 
 
 if __name__ == "__main__":

@@ -26,7 +26,11 @@ def test_filters_buckets_captions_and_mixtures_compose() -> None:
         "data.mixed_with={art: {_target_: ldm.data.shard_source.ShardSource, shards: c, weight: 0.2}}",
         "data.decode=fast",
         "data.threads=2",
+        "data.train.allow_damaged=true",
+        "data.train.index=there",
     )
+    assert found.sources["train"].allow_damaged and found.val is not None and not found.val.allow_damaged
+    assert (found.sources["train"].index, found.val.index) == ("there", "there")
     assert found.sources["train"].where == "score > 5.0 and width >= 512"
     assert dict(found.sources["train"].captions or {}) == {"txt": 0.8, "json.alt": 0.15, "empty": 0.05}
     assert list(found.sources) == ["train", "art"] and found.sources["art"].weight == 0.2
