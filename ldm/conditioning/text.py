@@ -187,12 +187,15 @@ class TextConditioner(Conditioner):
 
     def tokens(self, captions: Sequence[str]) -> Tensor:
         """Token ids [B, max_length] int64 on the CPU: start, words, end, padding."""
-        if not captions:
-            return torch.zeros(0, self.max_length, dtype=torch.int64)
-        encoded = self.tokenizer(list(captions), padding=False, truncation=False, verbose=False)
-        rows = [self._cut(ids) for ids in cast(list[list[int]], encoded["input_ids"])]
-        pad = cast(int, self.tokenizer.pad_token_id)
-        return torch.tensor([row + [pad] * (self.max_length - len(row)) for row in rows])
+        found = torch.full((len(captions), self.max_length), cast(int, self.tokenizer.pad_token_id))
+        rows = found.numpy()
+        backend = self.tokenizer.backend_tokenizer  # without what transformers adds: offsets, masks, copies
+        backend.no_truncation()
+        backend.no_padding()
+        for row, encoding in zip(rows, backend.encode_batch_fast(list(captions)), strict=True):
+            ids = self._cut(encoding.ids)
+            row[: len(ids)] = ids
+        return found
 
     def encode(self, ids: Tensor) -> Condition:
         """The condition of token ids [B, L]; with gradients only where the encoder is trained."""

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from ldm.data.fetch import Fetcher, Sample, as_images
-from ldm.data.latents import FACTS, MOMENTS, RECORD, LatentRecord, LatentSource, pack, write_record
+from ldm.data.latents import CAPTIONS, MOMENTS, PLACES, RECORD, LatentRecord, LatentSource, pack, write_record
 from ldm.data.picture import BadSample
 from ldm.data.selection import Selection
 from ldm.data.shard_source import ShardSource
@@ -246,16 +246,12 @@ def _members(chunk: _Chunk, number: int, arrays: dict[str, Any]) -> dict[str, by
     """The members of a sample by extension: latents, and the text and JSON that the picture had."""
     parts, variants = chunk.parts[number], chunk.variants[number]
     facts = json.loads(parts["json"]) if "json" in parts else {}
-    crops = [sample.crop for sample in variants]
     original = variants[0].original_size
     width, height = chunk.indexed[number] if all(chunk.indexed[number]) else original[::-1]
     facts |= {"width": width, "height": height}
-    facts[FACTS] = {
-        "size": chunk.size,
-        "original_size": original,
-        "crops": crops,
-        "captions": chunk.captions[number],
-    }
+    if chunk.captions[number]:
+        facts[CAPTIONS] = chunk.captions[number]
+    arrays |= {PLACES: np.array([chunk.size, original, *(sample.crop for sample in variants)], np.int32)}
     text = {"txt": parts["txt"]} if "txt" in parts else {}
     return {LATENTS: pack(arrays), **text, "json": json.dumps(facts).encode()}
 

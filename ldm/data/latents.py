@@ -28,12 +28,13 @@ from ldm.randomness import key
 
 RECORD = "latents.json"
 FORMAT = 1
-FACTS = "latents"  # what the JSON part of a sample says of its variants
+CAPTIONS = "latents.captions"  # in the JSON part: the captions that were encoded, in the order of their states
 KIND = PICTURE_KINDS.index(LATENTS)
 
-MOMENTS = "moments"
+MOMENTS = "moments"  # [variants, 2, C, h, w]
+PLACES = "places"  # [2 + variants, 2]: (height, width) encoded and stored, then (top, left) of each crop
 BETWEEN_bytes = 1 << 13  # of headers and padding, at most, among members that are read in one go
-KINDS: dict[str, type[np.generic]] = {"F16": np.float16, "F32": np.float32, "BOOL": np.bool_}
+KINDS: dict[str, type[np.generic]] = {"F16": np.float16, "F32": np.float32, "I32": np.int32, "BOOL": np.bool_}
 
 
 @dataclass(frozen=True)
@@ -196,16 +197,16 @@ class LatentFetcher(Fetcher):
         read = self._at_once(index)
         caption = self.captions(columns, read, index, self.seed, epoch)
         arrays = unpack(read(index, int(columns.image_offset[index]), int(columns.image_size[index])))
-        facts = json.loads(read(index, int(columns.json_offset[index]), int(columns.json_size[index])))[FACTS]
         variant = key(self.seed, "variant", epoch, index) % self.record.variants if self.record.variants > 1 else 0
         moments = arrays.pop(MOMENTS)[variant]
-        if tuple(facts["size"]) != size:
+        encoded, original, *crops = map(tuple, arrays.pop(PLACES).tolist())
+        if encoded != size:
             raise UserError(
-                f"the latents of {columns.key(index)} are of {_told([tuple(facts['size'])])} pixels, its bucket is "
+                f"the latents of {columns.key(index)} are of {_told([encoded])} pixels, its bucket is "
                 f"{_told([size])}: the buckets have changed, make the latents anew (latents=ANOTHER_FOLDER)"
             )
-        texts = self._texts(arrays, facts, caption) if arrays else {}
-        original, crop = tuple(facts["original_size"]), tuple(facts["crops"][variant])
+        texts = self._texts(index, arrays, caption) if arrays else {}
+        crop = crops[variant]
         return Sample(np.empty((*size, 0), np.uint8), caption, index, original, crop, moments, texts)
 
     def picture(self, sample: Sample) -> dict[str, NDArray[Any]]:
@@ -214,28 +215,30 @@ class LatentFetcher(Fetcher):
         return {"images": np.empty((0, *sample.pixels.shape[:2]), np.float32), "moments": sample.moments}
 
     def _at_once(self, index: int) -> Read:
-        """What reads a sample's parts, of bytes that were read in one go where its members lie side by side."""
+        """What reads a sample's parts: latents and text, which mostly are side by side, in one go."""
         columns = self.manifest
-        places = [
-            (int(columns.image_offset[index]), int(columns.image_size[index])),
-            (int(columns.text_offset[index]), int(columns.text_size[index])),
-            (int(columns.json_offset[index]), int(columns.json_size[index])),
-        ]
-        there = [(offset, size) for offset, size in places if size >= 0]
-        start, stop = min(offset for offset, _ in there), max(offset + size for offset, size in there)
-        if stop - start > sum(size for _, size in there) + BETWEEN_bytes:
+        start, text_size = int(columns.image_offset[index]), int(columns.text_size[index])
+        size = int(columns.image_size[index])
+        after = int(columns.text_offset[index]) + text_size - start if text_size > 0 else size
+        if not size <= after <= size + text_size + BETWEEN_bytes:
             return self._read
-        data = self._read(index, start, stop - start)
-        return lambda _, offset, size: data[offset - start : offset - start + size]
+        data = self._read(index, start, after)
 
-    def _texts(self, arrays: dict[str, NDArray[Any]], facts: dict[str, Any], caption: str) -> dict[str, NDArray[Any]]:
+        def read(index: int, offset: int, size: int) -> bytes:
+            at = offset - start
+            return data[at : at + size] if at >= 0 and at + size <= after else self._read(index, offset, size)
+
+        return read
+
+    def _texts(self, index: int, arrays: dict[str, NDArray[Any]], caption: str) -> dict[str, NDArray[Any]]:
         """What the text encoders made of the caption, by name; there is one row for each caption of the sample."""
-        if caption not in facts["captions"]:
+        captions = json.loads(self.parts(index).get("json", b"{}")).get(CAPTIONS, [])
+        if caption not in captions:
             raise UserError(
                 f"the caption {caption!r} was not encoded when the latents were made: the choice of captions has "
                 "changed; make them anew (latents=ANOTHER_FOLDER), or encode texts in training (latent_text=false)"
             )
-        row = facts["captions"].index(caption)
+        row = captions.index(caption)
         return {name: array[row] for name, array in arrays.items()}
 
 

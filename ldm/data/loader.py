@@ -202,6 +202,10 @@ class StepSampler(DistributedSampler[int]):
         """Nothing: the order is the plan's."""
 
 
+def _as_it_is(batch: Batch) -> Batch:
+    return batch
+
+
 class StepLoader(DataLoader[Batch]):
     """A loader of ready batches. It resumes by its start alone, which its empty state tells Lightning.
 
@@ -214,6 +218,7 @@ class StepLoader(DataLoader[Batch]):
             batch_size=None,
             sampler=StepSampler(len(batches), start),
             num_workers=workers,
+            collate_fn=_as_it_is,  # type: ignore[arg-type]
             persistent_workers=workers > 0,
             pin_memory=torch.cuda.is_available(),
         )
