@@ -15,6 +15,7 @@ from typing import Any, cast
 
 import torch
 from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
 
 from ldm.conditioning.text import Conditioner
 from ldm.config.check import build
@@ -203,7 +204,14 @@ def _share(overrides: list[str], device: str, rank: int, world: int) -> None:
     if not configs:
         raise UserError("stages: none of them trains on latents; give stages=[base] or the like")
     for config in configs:
-        if config.latents is None:
+        try:
+            given = config.latents
+        except OmegaConfBaseException as error:
+            raise UserError(
+                "latents: this experiment keeps them in the run's folder; give run_folder=FOLDER of the run, "
+                "latents=auto (beside the shards) or latents=FOLDER"
+            ) from error
+        if given is None:
             raise UserError("latents: not given; give latents=auto (beside the shards) or latents=FOLDER")
         conditioner = cast(Conditioner, build(config.conditioner, "conditioner")) if config.latent_text else None
         latents = _Latents(config, load_first_stage(config), conditioner, pick_device(device))

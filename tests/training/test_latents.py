@@ -25,15 +25,15 @@ def run(tiny_shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_loss_is_that_of_the_pictures(tiny_shapes: Path, run: Path, tmp_path: Path) -> None:
     losses = []
-    for more in ((), (f"latents={tmp_path}",)):
-        made = job(tiny_shapes, run, *more)
+    for more in ("latents=null", f"latents={tmp_path}"):
+        made = job(tiny_shapes, run, more)
         made.datamodule.setup()
         assert isinstance(made.module, DiffusionModule)
         made.module.eval()
         with torch.no_grad():
             batches = made.datamodule.train_batches()
             losses.append([float(made.module.denoising_loss(batches[i], True).loss) for i in range(2)])
-            assert (batches[0].moments is not None) == bool(more)
+            assert (batches[0].moments is not None) == (more != "latents=null")
     assert losses[1] == pytest.approx(losses[0], rel=2e-3)
     assert losses[0][0] != losses[0][1]
 
@@ -56,8 +56,10 @@ def test_what_the_command_lacks_is_told(tiny_shapes: Path, capsys: pytest.Captur
     overrides = ["experiment=quickstart", f"data.train.shards={tiny_shapes}/train"]
     assert main([*overrides, "stages=[first_stage]", "latents=auto"]) == 1
     assert "none of them trains on latents" in capsys.readouterr().err
-    assert main([*overrides, "stages=[base]"]) == 1
+    assert main([*overrides, "stages=[base]", "latents=null"]) == 1
     assert "latents: not given" in capsys.readouterr().err
+    assert main([*overrides, "stages=[base]"]) == 1
+    assert "keeps them in the run's folder; give run_folder" in capsys.readouterr().err
 
 
 def test_a_first_stage_does_not_train_from_latents(tiny_shapes: Path, run: Path, tmp_path: Path) -> None:
