@@ -79,17 +79,31 @@ class _Latents:
         if isinstance(datamodule, StreamDataModule):
             raise UserError("latents: a stream's pictures are not found again; index the shards, or give latents=null")
         sources = datamodule.sources
-        sizes, chosen = datamodule.select([source.manifest() for source in sources.values()])
+        manifests = [source.manifest() for source in sources.values()]
+        sizes, chosen = datamodule.select(manifests)
         found = {
-            name: self.of(source, sizes, selection, rank, world)
-            for (name, source), selection in zip(sources.items(), chosen, strict=True)
+            name: self.of(source, manifest.fingerprint, sizes, selection, rank, world)
+            for (name, source), manifest, selection in zip(sources.items(), manifests, chosen, strict=True)
         }
         if datamodule.val is not None:
-            found[VAL] = self.of(datamodule.val, *datamodule.select_val(datamodule.val.manifest()), rank, world)
+            held_out = datamodule.val.manifest()
+            made_of = held_out.fingerprint, *datamodule.select_val(held_out)
+            found[VAL] = self.of(datamodule.val, *made_of, rank, world)
         return found
 
-    def of(self, source: Source, sizes: Sequence[tuple[int, int]], chosen: Selection, rank: int, world: int) -> Source:
-        """The cached latents of the chosen samples of a source of pictures; another source as it is."""
+    def of(
+        self,
+        source: Source,
+        pictures: str,
+        sizes: Sequence[tuple[int, int]],
+        chosen: Selection,
+        rank: int,
+        world: int,
+    ) -> Source:
+        """The cached latents of the chosen samples of a source of pictures; another source as it is.
+
+        `pictures` is the fingerprint of its manifest.
+        """
         if not isinstance(source, ShardSource):
             return source
         for size in sizes:
@@ -98,7 +112,7 @@ class _Latents:
         captions = [name for name, weight in (source.captions or {}).items() if weight > 0] if self.encoders else []
         record = LatentRecord(
             self.fingerprint,
-            source.manifest().fingerprint,
+            pictures,
             tuple(sizes),
             source.where,
             self.config.data.decode,

@@ -41,6 +41,7 @@ class AspectRatios(Buckets):
         self.max_ratio = max_ratio
 
     def sizes(self, size: Size) -> list[Size]:
+        """All that fit; UserError where none does."""
         area, step = size[0] * size[1], self.step
         found: dict[float, Size] = {}
         for height in range(step, int((area * self.max_ratio) ** 0.5) + 1, step):
@@ -57,6 +58,7 @@ class AspectRatios(Buckets):
         return _ordered(list(found.values()))
 
     def chosen(self, table: "Table", minimum: int) -> list[Size]:
+        """Those that are left once the smallest were left out."""
         kept = list(range(len(table.sizes)))
         while len(kept) > 1 and (masses := table.masses(kept)).min() < minimum:
             kept.pop(int(masses.argmin()))
@@ -75,9 +77,11 @@ class Sizes(Buckets):
         self._sizes = _ordered([(h, w) for h, w in listed])
 
     def sizes(self, size: Size) -> list[Size]:
+        """Those that are listed, whatever `size` is."""
         return self._sizes
 
     def chosen(self, table: "Table", minimum: int) -> list[Size]:
+        """All of them; UserError where one lacks samples."""
         masses = table.masses(list(range(len(table.sizes))))
         if len(masses) > 1 and masses.min() < minimum:
             told = ", ".join(f"{h} x {w}: {n}" for (h, w), n in zip(table.sizes, masses, strict=True))

@@ -54,7 +54,7 @@ class CaptionChoice:
             if name == TEXT:
                 text = self._text(manifest, read, index)
             else:
-                facts = self._json(manifest, read, index) if facts is None else facts
+                facts = json_part(manifest, read, index) if facts is None else facts
                 text = _one(facts.get(name.removeprefix(JSON)), key(seed, "caption", epoch, index, name))
             if text:
                 return text
@@ -69,7 +69,7 @@ class CaptionChoice:
         if fields == [EMPTY]:
             return [""]
         texts = [self._text(manifest, read, index)] if TEXT in fields else []
-        facts = self._json(manifest, read, index) if any(name.startswith(JSON) for name in fields) else {}
+        facts = json_part(manifest, read, index) if any(name.startswith(JSON) for name in fields) else {}
         for name in fields:
             if name.startswith(JSON):
                 texts += _texts(facts.get(name.removeprefix(JSON)))
@@ -82,7 +82,7 @@ class CaptionChoice:
         if kind == NO_CAPTION:
             return self._none()
         if kind == JSON_CAPTION:
-            return _one(self._json(manifest, read, index).get("caption"), 0) or self._none()
+            return _one(json_part(manifest, read, index).get("caption"), 0) or self._none()
         return self._text(manifest, read, index) or self._none()
 
     def _none(self) -> str:
@@ -98,16 +98,6 @@ class CaptionChoice:
             read(index, int(manifest.text_offset[index]), size).decode("utf-8", "replace").strip() if size > 0 else ""
         )
 
-    def _json(self, manifest: Manifest, read: Read, index: int) -> dict[str, Any]:
-        size = int(manifest.json_size[index])
-        if size > MAX_text_bytes:
-            raise BadSample("caption too long")
-        try:
-            facts = json.loads(read(index, int(manifest.json_offset[index]), size)) if size > 0 else {}
-        except (ValueError, RecursionError) as error:
-            raise BadSample("corrupt JSON") from error
-        return facts if isinstance(facts, dict) else {}
-
     def check(self, manifest: Manifest, read: Read) -> None:
         """Raises UserError for a field that none of a few samples, spread over the manifest, has."""
         wanted = [n.removeprefix(JSON) for n, w in (self.weights or {}).items() if n.startswith(JSON) and w > 0]
@@ -116,13 +106,25 @@ class CaptionChoice:
         there: set[str] = set()
         for index in range(0, len(manifest), max(1, len(manifest) // PROBED)):
             try:
-                facts = self._json(manifest, read, index)
+                facts = json_part(manifest, read, index)
             except BadSample:
                 continue
             there |= {name for name, value in facts.items() if isinstance(value, str | list)}
         for name in wanted:
             if name not in there:
                 raise UserError(f"captions: no sample's JSON has a text {name!r}; {nearest(name, there)}")
+
+
+def json_part(manifest: Manifest, read: Read, index: int) -> dict[str, Any]:
+    """A sample's JSON part; empty where it has none, or no object. Raises BadSample where it is too long or corrupt."""
+    size = int(manifest.json_size[index])
+    if size > MAX_text_bytes:
+        raise BadSample("caption too long")
+    try:
+        facts = json.loads(read(index, int(manifest.json_offset[index]), size)) if size > 0 else {}
+    except (ValueError, RecursionError) as error:
+        raise BadSample("corrupt JSON") from error
+    return facts if isinstance(facts, dict) else {}
 
 
 def _drawn(weights: Mapping[str, float], draw: float) -> str:

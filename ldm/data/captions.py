@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+from ldm.data.caption_choice import CaptionChoice
 from ldm.data.fetch import Fetcher, View
 from ldm.data.index import load_manifest
 from ldm.data.shards import Shards
@@ -15,5 +16,5 @@ class Captions:
 
     def __iter__(self) -> Iterator[str]:
         manifest = load_manifest(self.shards)
-        fetcher = Fetcher(manifest, View.of(1), seed=0, require_caption=False)
+        fetcher = Fetcher(manifest, View.of(1), captions=CaptionChoice(required=False))
         return (fetcher.caption(index) for index in range(len(manifest)))

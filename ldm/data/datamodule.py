@@ -100,9 +100,13 @@ class ShardDataModule(pl.LightningDataModule):
         size = View.of(self.size).size
         return self.buckets.sizes(size) if self.buckets else [size]
 
+    def _every_source(self) -> list[Source]:
+        """Those that are trained on, and the validation's."""
+        return [*self.sources.values(), *([self.val] if self.val is not None else [])]
+
     def prepare_data(self) -> None:
         """Indexes the shards and selects the samples, in one process of each machine."""
-        for source in [*self.sources.values(), *([self.val] if self.val is not None else [])]:
+        for source in self._every_source():
             index_shards(source.shards, source.index, remote=source.remote)
         self.select([source.manifest() for source in self.sources.values()])
 
@@ -159,7 +163,7 @@ class ShardDataModule(pl.LightningDataModule):
 
     def check_first_stage(self, fingerprint: str | None) -> None:
         """Raises UserError where latents made beforehand are not this first stage's; None takes pictures alone."""
-        for source in [*self.sources.values(), *([self.val] if self.val is not None else [])]:
+        for source in self._every_source():
             made_by = source.first_stage
             if made_by is not None and made_by != fingerprint:
                 wanted = f"is {fingerprint}" if fingerprint else "is trained here, on pictures"

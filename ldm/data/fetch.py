@@ -87,9 +87,8 @@ class _Cache:
 class Fetcher:
     """Samples of a manifest, by index and epoch. Several threads may ask at once.
 
-    Keeps open files and, up to `cache_bytes`, decoded pictures; neither changes what comes out. With
-    `require_caption` false a sample without caption has the empty one, else it is bad. `captions` are the weights of
-    its fields, see CaptionChoice; `decode` is one of the DECODERS; `chosen` are the samples that are used.
+    Keeps open files and, up to `cache_bytes`, decoded pictures; neither changes what comes out. `decode` is one of the
+    DECODERS, `captions` tells which caption a visit has, `chosen` are the samples that are used.
     """
 
     def __init__(
@@ -97,7 +96,6 @@ class Fetcher:
         manifest: Manifest,
         view: View,
         seed: int = 0,
-        require_caption: bool = True,
         cache_bytes: int = 0,
         decode: Decode = decode,
         captions: CaptionChoice | None = None,
@@ -107,7 +105,7 @@ class Fetcher:
         self.view = view
         self.seed = seed
         self.decode = decode
-        self.captions = captions or CaptionChoice(required=require_caption)
+        self.captions = captions or CaptionChoice()
         self.chosen = chosen or Selection([len(manifest)])
         self._cache = _Cache(cache_bytes)
         self._own = _Own()
@@ -156,7 +154,7 @@ class Fetcher:
         places = places or range(len(self.chosen))
         while len(bad) < TRIES:
             try:
-                return (self(index, epoch) if size is None else self(index, epoch, size)), bad
+                return self(index, epoch, size), bad
             except BadSample as reason:
                 bad.append((index, str(reason)))
                 index = self.chosen[places[key(self.seed, "substitute", epoch, wanted, len(bad)) % len(places)]]

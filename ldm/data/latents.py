@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import save
 
-from ldm.data.caption_choice import CaptionChoice, Read
+from ldm.data.caption_choice import CaptionChoice, Read, json_part
 from ldm.data.fetch import Fetcher, Sample, View
 from ldm.data.index import Manifest, load_manifest
 from ldm.data.picture import BadSample
@@ -232,7 +232,7 @@ class LatentFetcher(Fetcher):
 
     def _texts(self, index: int, arrays: dict[str, NDArray[Any]], caption: str) -> dict[str, NDArray[Any]]:
         """What the text encoders made of the caption, by name; there is one row for each caption of the sample."""
-        captions = json.loads(self.parts(index).get("json", b"{}")).get(CAPTIONS, [])
+        captions = json_part(self.manifest, self._read, index).get(CAPTIONS, [])
         if caption not in captions:
             raise UserError(
                 f"the caption {caption!r} was not encoded when the latents were made: the choice of captions has "

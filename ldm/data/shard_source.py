@@ -106,6 +106,6 @@ class ShardSource:
         """Reads pictures that cover one of `sizes`, see Source. Raises UserError for captions that are not there."""
         view = View(sizes[0], self.random_crop, self.flip)
         captions = CaptionChoice(self.captions, self.require_caption)
-        fetcher = Fetcher(manifest, view, seed, True, cache_bytes, decoder(decode), captions, chosen)
+        fetcher = Fetcher(manifest, view, seed, cache_bytes, decoder(decode), captions, chosen)
         fetcher.check_captions()
         return fetcher

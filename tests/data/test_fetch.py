@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from ldm.data import fetch
+from ldm.data.caption_choice import CaptionChoice
 from ldm.data.fetch import Fetcher, View
 from ldm.data.index import load_manifest
 from ldm.data.picture import BadSample
@@ -65,7 +66,7 @@ def test_captions_come_from_the_text_else_the_json(tmp_path: Path) -> None:
     assert one(tmp_path / "b", parts | {"txt": b" from text\n"})(0).caption == "from text"
     with pytest.raises(BadSample, match="no caption"):
         one(tmp_path / "c", {"png": picture(0)})(0)
-    assert one(tmp_path / "d", {"png": picture(0)}, require_caption=False)(0).caption == ""
+    assert one(tmp_path / "d", {"png": picture(0)}, captions=CaptionChoice(required=False))(0).caption == ""
 
 
 @pytest.mark.parametrize(
