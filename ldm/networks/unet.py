@@ -271,8 +271,9 @@ class UNet(nn.Module):
         if control is not None:
             skips = [skip + more for skip, more in zip(skips, control[:-1], strict=True)]
             h = h + control[-1]
+        attend = _attended(mask)
         for level in self.up:
-            h = level(h, skips, emb, tokens, _attended(mask))
+            h = level(h, skips, emb, tokens, attend)
         out: Tensor = self.conv_out(F.silu(self.norm_out(h)))
         return out
 
