@@ -1,7 +1,8 @@
-"""Self-attention forward and backward, torch's against ours in chunks: `python -m benchmarks.attention`.
+"""Attention forward and backward, torch's as it comes against ours: `python -m benchmarks.attention`.
 
-By precision and width of the heads, at the size of a UNet's first level. `ldm.networks.chunked_attention.attend`
-chooses between the two; this is what it chooses by.
+By precision and width of the heads, at the size of a UNet's first level, over its pixels and (--keys 77) to tokens.
+`ldm.networks.attend` chooses; this is what it chooses by. Ways: torch's on what the projections give; "laid out",
+torch's on what `attend` makes of it; in chunks.
 """
 
 import argparse
@@ -11,19 +12,33 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from benchmarks.side_by_side import DTYPES, Contender, time_all
-from ldm.networks.chunked_attention import MATRIX_UNITS, chunked_attention
+from benchmarks.side_by_side import DTYPES, Contender, faster, time_all
+from ldm.networks import attend
+from ldm.networks.chunked_attention import chunked_attention
 
 HEADS = 8
+
+
+def laid_out(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """What `attend` does on a CPU without matrix units."""
+    q, k, v, mask = attend._laid_out(q, k, v, None)
+    return nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
 WAYS: dict[str, Callable[..., Tensor]] = {
     "torch": nn.functional.scaled_dot_product_attention,
+    "laid out": laid_out,
     "chunked": chunked_attention,
 }
 
 
-def contender(way: str, precision: str, width: int, batch: int, pixels: int, device: torch.device) -> Contender:
-    made = torch.randn(3, batch, pixels, HEADS, width, device=device, dtype=DTYPES[precision])
-    q, k, v = made.requires_grad_().transpose(2, 3)
+def contender(way: str, precision: str, width: int, given: argparse.Namespace) -> Contender:
+    q, k, v = (
+        torch.randn(given.batch, n, HEADS, width, device=given.device, dtype=DTYPES[precision])
+        .requires_grad_()
+        .transpose(1, 2)
+        for n in (given.pixels, given.keys or given.pixels, given.keys or given.pixels)
+    )
 
     def run() -> object:
         out = WAYS[way](q, k, v)
@@ -37,26 +52,30 @@ def main() -> None:
     parser.add_argument("--widths", default="8,16,32,64")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--pixels", type=int, default=1024)
+    parser.add_argument("--keys", type=int, help="tokens that are attended to (the pixels themselves)")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--device", default="cpu")
     given = parser.parse_args()
     device = torch.device(given.device)
     lines = [
-        f"torch {torch.__version__}, {torch.get_num_threads()} threads, {given.batch} x {HEADS} heads over "
-        f"{given.pixels} pixels, {given.rounds} rounds; bfloat16 matrix units on this CPU: {MATRIX_UNITS}",
+        f"torch {torch.__version__}, {torch.get_num_threads()} threads, {given.batch} x {HEADS} heads, {given.pixels} "
+        f"pixels to {given.keys or given.pixels} keys, {given.rounds} rounds; "
+        f"bfloat16 matrix units on this CPU: {attend.MATRIX_UNITS}",
         "",
-        "| precision | width | torch, ms (quartiles) | chunked, ms (quartiles) | times faster | peak, MB |",
+        "| precision | width | way | ms (quartiles) | times faster than torch | peak, MB |",
         "|---|---|---|---|---|---|",
     ]
     for precision in DTYPES:
         for width in map(int, given.widths.split(",")):
-            both = [contender(way, precision, width, given.batch, given.pixels, device) for way in WAYS]
-            time_all(both, given.rounds, device)
-            times = [(c.median_s * 1e3, *(value * 1e3 for value in c.quartiles_s())) for c in both]
-            told = [f"{middle:.1f} ({low:.1f} to {high:.1f})" for middle, low, high in times]
-            peaks = " and ".join("?" if c.peak_bytes is None else f"{c.peak_bytes / 1e6:.0f}" for c in both)
-            ratio = times[0][0] / times[1][0]
-            lines.append(f"| {precision} | {width} | {told[0]} | {told[1]} | {ratio:.2f} | {peaks} |")
+            ways = [contender(way, precision, width, given) for way in WAYS]
+            time_all(ways, given.rounds, device)
+            for c in ways:
+                low, high = (value * 1e3 for value in c.quartiles_s())
+                peak = "?" if c.peak_bytes is None else f"{c.peak_bytes / 1e6:.0f}"
+                lines.append(
+                    f"| {precision} | {width} | {c.who} | {c.median_s * 1e3:.1f} ({low:.1f} to {high:.1f}) "
+                    f"| {faster(c, ways[0]):.2f} | {peak} |"
+                )
     sys.stdout.write("\n".join(lines) + "\n")
 
 

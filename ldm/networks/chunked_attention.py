@@ -3,31 +3,16 @@
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-NARROW_channels = 32
-LARGE_entries = 1 << 14  # of one head's weights; below, both ways cost next to nothing
 CHUNK_entries = 1 << 21  # of the weights that exist at a time: 4 MB in bfloat16, which stays in a core's cache
-MATRIX_UNITS = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v [B, heads, N, d]; q [B, heads, N, d]; k, v [B, heads, L, d]; mask [B, 1, 1, L] bool.
-
-    The one place that chooses how. torch's flash attention, but for narrow heads in bfloat16 on a CPU that
-    multiplies bfloat16 matrices in hardware: there flash attention spends its time on exponentials in float32 and on
-    products of a few columns, so that whole matrices are faster (2.5 times at a width of 16, measured on two
-    cores), and `chunked_attention` keeps them from costing memory. In float32 they are not faster.
-    """
-    narrow = q.shape[-1] <= NARROW_channels and q.shape[-2] * k.shape[-2] >= LARGE_entries
-    if MATRIX_UNITS and narrow and q.device.type == "cpu" and q.dtype == torch.bfloat16:
-        return chunked_attention(q, k, v, mask)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
 def chunked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """As `attend`; at most CHUNK_entries attention weights (or one head's) are in memory, in both passes."""
+    """softmax(q k^T / sqrt(d)) v [B, heads, N, d]; q [B, heads, N, d]; k, v [B, heads, L, d]; mask [B, 1, 1, L] bool.
+
+    At most CHUNK_entries attention weights (or one head's) are in memory, in both passes.
+    """
     result: Tensor = _forward(q, k, v, mask)
     return result
 

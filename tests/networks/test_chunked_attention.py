@@ -1,4 +1,4 @@
-"""Attention in chunks: outputs and gradients against the plain formula, memory, and where it is chosen."""
+"""Attention in chunks: outputs and gradients against the plain formula, and memory."""
 
 from collections.abc import Callable, Iterator
 
@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from ldm.networks import attend as choice
 from ldm.networks import chunked_attention as module
-from ldm.networks.chunked_attention import attend, chunked_attention
+from ldm.networks.chunked_attention import chunked_attention
 from ldm.networks.unet import UNet
 from tests.parity.names import spread
 
@@ -98,8 +99,8 @@ def test_the_gradients_of_a_unet_in_bfloat16_are_as_good_as_with_torchs(
     spread(unet)
     found = []
     for precision, units in (("float32", False), ("bf16", False), ("bf16", True)):
-        monkeypatch.setattr(module, "MATRIX_UNITS", units)
-        monkeypatch.setattr(module, "LARGE_entries", 64)
+        monkeypatch.setattr(choice, "MATRIX_UNITS", units)
+        monkeypatch.setattr(choice, "LARGE_entries", 64)
         calls = count_calls(monkeypatch)
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
             out = unet(x, t, tokens, mask)
@@ -119,26 +120,5 @@ def count_calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         calls.append(1)
         return chunked_attention(*given)
 
-    monkeypatch.setattr(module, "chunked_attention", counted)
+    monkeypatch.setattr(choice, "chunked_attention", counted)
     return calls
-
-
-@pytest.mark.parametrize(
-    ("dtype", "width", "units", "chunked"),
-    [
-        (torch.bfloat16, 8, True, True),
-        (torch.bfloat16, 64, True, False),
-        (torch.float32, 8, True, False),
-        (torch.bfloat16, 8, False, False),
-    ],
-)
-def test_it_is_chosen_where_it_is_faster(
-    dtype: torch.dtype, width: int, units: bool, chunked: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    called = []
-    monkeypatch.setattr(module, "MATRIX_UNITS", units)
-    monkeypatch.setattr(module, "chunked_attention", lambda q, k, v, mask: called.append(1) or q)
-    x = torch.randn(1, 2, 128, width, dtype=dtype)
-    attend(x, x, x)
-    attend(x[:, :, :4], x[:, :, :4], x[:, :, :4])  # too small to matter
-    assert len(called) == chunked
