@@ -38,9 +38,6 @@ $(VENV)/stamp-test: $(VENV)/stamp
 	$(BIN)/python -m pip install --quiet --editable '.[test]'
 	@touch $@
 
-# glibc gives memory back to the system and takes it again at every step; without, a step takes 0.9 of the time.
-quickstart: export MALLOC_MMAP_MAX_ = 0
-quickstart: export MALLOC_TRIM_THRESHOLD_ = 4294967296
 quickstart: $(VENV)/stamp
 	$(BIN)/python -m ldm.data.shapes data/shapes --train 8000
 	$(BIN)/python train.py experiment=quickstart resume=auto

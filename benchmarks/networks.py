@@ -4,7 +4,8 @@ Cases: unet_forward, unet_train, encode, decode, autoencoder_train. All contende
 one process; the first row is diffusers in float32 as its training scripts use it. A train step is forward, backward
 and AdamW. Sides:
 
-ours          as a training here runs it: channels_last, fused AdamW, under autocast with kept weights (bf16)
+ours          as a training here runs it: channels_last, fused AdamW, under autocast with kept weights (bf16), on a
+              CPU with its freed memory kept
 diffusers     as its scripts run it: torch's memory layout, torch's default AdamW, under autocast (bf16)
 diffusers +   channels_last and fused AdamW as well
 
@@ -35,6 +36,7 @@ from ldm.first_stage.bottleneck import KLBottleneck
 from ldm.interop.names import first_stage_to_diffusers, unet_to_diffusers
 from ldm.networks.autoencoder import Decoder, Encoder
 from ldm.networks.unet import UNet
+from ldm.training.freed_memory import keep_freed_memory
 from ldm.training.kept_weights import keep_weights
 from tests.parity.names import copy_weights, spread
 
@@ -87,7 +89,8 @@ def contenders(s: Settings, make: Callable[[Side, str], tuple[list[nn.Module], R
                 elif side.ours:
                     for network in networks:
                         keep_weights(network)
-                found.append(Contender(side.who, precision, compiled, autocast(run, side, s.device, precision)))
+                timed = autocast(run, side, s.device, precision)
+                found.append(Contender(side.who, precision, compiled, timed, memory(side, s.device)))
     return found
 
 
@@ -99,6 +102,13 @@ def autocast(run: Run, side: Side, device: torch.device, precision: str) -> Run:
             return run()
 
     return under
+
+
+def memory(side: Side, device: torch.device) -> Run | None:
+    """What sets a side's handling of freed memory: ours as train.py does it on a CPU, diffusers' as it comes."""
+    if device.type != "cpu":
+        return None
+    return keep_freed_memory if side.ours else bench.give_freed_memory_back
 
 
 def placed(module: nn.Module, side: Side, device: torch.device) -> nn.Module:

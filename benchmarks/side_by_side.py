@@ -23,12 +23,13 @@ DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
 
 @dataclass
 class Contender:
-    """One side of a comparison: who, at what precision (of DTYPES), eager or compiled, and what is timed."""
+    """One side of a comparison: who, at what precision (of DTYPES), eager or compiled, what is timed, under what."""
 
     who: str
     precision: str
     compiled: bool
     run: Run
+    prepare: Run | None = None  # settings of the process that the run is timed under
     times_s: list[float] = field(default_factory=list)
     peak_bytes: int | None = None
 
@@ -76,18 +77,35 @@ def seconds(run: Run, device: torch.device, clock: Clock = time.perf_counter) ->
 def time_all(contenders: list[Contender], rounds: int, device: torch.device, clock: Clock = time.perf_counter) -> None:
     """Times every contender once a round, in an order that changes from round to round, after one run to warm up.
 
+    A contender that sets something in the process before its turn has a run of its own then that is not timed.
+
     With time.process_time it is the processor's time that counts: what other processes take is left out, but the
     waiting of threads for one another counts as well, so it is a measure for one thread.
     """
     for contender in contenders:
+        if contender.prepare:
+            contender.prepare()
         took = seconds(contender.run, device, clock)
         progress(f"  {contender.name}: first run {took:.2f} s")
         contender.peak_bytes = peak_bytes(contender.run, device)
     order = random.Random(0)
     for number in range(1, rounds + 1):
         for contender in order.sample(contenders, len(contenders)):
+            if contender.prepare:
+                contender.prepare()
+                contender.run()
             contender.times_s.append(seconds(contender.run, device, clock))
         progress(f"  round {number} of {rounds}: " + ", ".join(f"{c.name} {c.times_s[-1]:.4g}" for c in contenders))
+
+
+def give_freed_memory_back() -> None:
+    """glibc's way of keeping freed memory after it has run for a while: thresholds that only grow, to these limits."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        mmap_threshold = 32 << 20  # malloc.c: DEFAULT_MMAP_THRESHOLD_MAX on 64 bits; twice that for the trimming
+        for parameter, value in ((-3, mmap_threshold), (-1, 2 * mmap_threshold)):
+            libc.mallopt(parameter, value)
+        libc.malloc_trim(0)
 
 
 def peak_bytes(run: Run, device: torch.device) -> int | None:

@@ -13,6 +13,7 @@ from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from pytorch_lightning.accelerators import CPUAccelerator
 
 from ldm.checkpoint import RECORD as CHECKPOINT
 from ldm.config.check import build, check
@@ -35,6 +36,7 @@ from ldm.training.checkpointing import Checkpoints
 from ldm.training.curriculum import Job, Stage
 from ldm.training.diffusion import DiffusionModule
 from ldm.training.ema import EMA
+from ldm.training.freed_memory import keep_freed_memory
 from ldm.training.kept_weights import keep_weights
 from ldm.training.module import TrainingModule
 from ldm.training.precision import let_clip
@@ -121,6 +123,8 @@ def build_job(config: DictConfig, folder: Path, order: int, models: dict[str, Pa
         make_trainer = partial(make_trainer, gradient_clip_val=None)
     trainer = make_trainer(callbacks=callbacks, logger=loggers, plugins=[FolderCheckpointIO()])
     let_clip(trainer)
+    if isinstance(trainer.accelerator, CPUAccelerator):
+        keep_freed_memory()
     text = OmegaConf.to_yaml(config)
     if trainer.is_global_zero:
         folder.mkdir(parents=True, exist_ok=True)
