@@ -12,269 +12,28 @@ diffusers +   channels_last and fused AdamW as well
 "of convolution" and "of matrix product" are counted FLOPs over time, beside the best rate of a large convolution and
 a large product in the same process at the same precision. --peak-tflops adds the fraction of a device's data sheet
 (model FLOP utilisation). --profile prints where the time of the eager contenders goes instead of timing them.
+
+Compiling takes minutes for each contender on a CPU, all of it most of an hour; each case is told when it is done.
 """
 
 import argparse
 import json
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from benchmarks import side_by_side as bench
-from benchmarks.side_by_side import Contender, Run, progress
+from benchmarks.network_cases import CASES, Settings, our_unet
+from benchmarks.side_by_side import Contender, progress
 from ldm.config.versions import versions
-from ldm.first_stage.autoencoder import FirstStage
-from ldm.first_stage.bottleneck import KLBottleneck
-from ldm.interop.names import first_stage_to_diffusers, unet_to_diffusers
-from ldm.networks.autoencoder import Decoder, Encoder
-from ldm.networks.unet import UNet
-from ldm.training.freed_memory import keep_freed_memory
-from ldm.training.kept_weights import keep_weights
-from tests.parity.names import copy_weights, spread
+from ldm.networks.attend import MATRIX_UNITS
 
 AGREE = 1e-3  # ||difference|| / ||value|| of both sides' outputs in float32, before anything is timed
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What is measured, and on what."""
-
-    device: torch.device
-    precisions: list[str]
-    compiled: bool
-    unet_channels: int
-    context_dim: int
-    batch: int
-    latent: int
-    first_stage_channels: int
-    images: int
-    pixels: int
-    small: bool
-
-
-@dataclass(frozen=True)
-class Side:
-    """A way to run a network: whose, and with what settings."""
-
-    who: str
-    ours: bool
-    channels_last: bool
-    fused: bool
-
-
-SIDES = (Side("diffusers", False, False, False), Side("diffusers +", False, True, True), Side("ours", True, True, True))
-Case = Callable[[Settings], list[Contender]]
-
-
-def contenders(s: Settings, make: Callable[[Side, str], tuple[list[nn.Module], Run]]) -> list[Contender]:
-    """Every side at every precision, eager and, where asked, compiled; `make` gives the networks and what is timed."""
-    found = []
-    for compiled in [False, True] if s.compiled else [False]:
-        for precision in s.precisions:
-            for side in SIDES:
-                if compiled and side.who == "diffusers":
-                    continue  # "diffusers +" is the stronger
-                networks, run = make(side, precision)
-                if compiled:
-                    for network in networks:
-                        network.compile()
-                elif side.ours:
-                    for network in networks:
-                        keep_weights(network)
-                timed = autocast(run, side, s.device, precision)
-                found.append(Contender(side.who, precision, compiled, timed, memory(side, s.device)))
-    return found
-
-
-def autocast(run: Run, side: Side, device: torch.device, precision: str) -> Run:
-    """The run, under autocast where the precision is bf16: ours as Lightning enters it, diffusers' as torch does."""
-
-    def under() -> object:
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16", cache_enabled=not side.ours):
-            return run()
-
-    return under
-
-
-def memory(side: Side, device: torch.device) -> Run | None:
-    """What sets a side's handling of freed memory: ours as train.py does it on a CPU, diffusers' as it comes."""
-    if device.type != "cpu":
-        return None
-    return keep_freed_memory if side.ours else bench.give_freed_memory_back
-
-
-def placed(module: nn.Module, side: Side, device: torch.device) -> nn.Module:
-    memory_format = torch.channels_last if side.channels_last else torch.contiguous_format
-    return module.to(device).to(memory_format=memory_format)  # type: ignore[call-overload, no-any-return]
-
-
-def train_step(parameters: list[nn.Parameter], side: Side, loss: Callable[[], Tensor]) -> Run:
-    """Forward, backward, AdamW; backward and optimizer outside of autocast, as autocast asks."""
-    optimizer = torch.optim.AdamW(parameters, lr=1e-6, fused=True if side.fused else None)
-
-    def step() -> None:
-        value = loss()
-        with torch.autocast(value.device.type, enabled=False):
-            value.backward()
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-
-    return step
-
-
-# ------------------------------------------------------------------------------------------------------- UNet
-
-
-def our_unet(s: Settings) -> UNet:
-    torch.manual_seed(0)
-    unet = UNet(
-        4, 4, s.unet_channels, (1, 2, 4, 4), 2, (True, True, True, False), num_heads=8, context_dim=s.context_dim
-    )
-    spread(unet)
-    return unet
-
-
-def their_unet(s: Settings) -> nn.Module:
-    ours = our_unet(s)
-    peer = diffusers.UNet2DConditionModel(
-        block_out_channels=tuple(s.unet_channels * mult for mult in (1, 2, 4, 4)),
-        down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
-        up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
-        attention_head_dim=8,  # diffusers means the number of heads
-        cross_attention_dim=s.context_dim,
-    )
-    copy_weights(ours, peer, unet_to_diffusers(dict(ours.named_parameters())))
-    return peer
-
-
-def unet_call(side: Side, s: Settings) -> tuple[nn.Module, Callable[[], Tensor]]:
-    """The network, and its output for inputs that are the same for all."""
-    network = placed(our_unet(s) if side.ours else their_unet(s), side, s.device)
-    random = torch.Generator().manual_seed(1)
-    x = torch.randn(s.batch, 4, s.latent, s.latent, generator=random).to(s.device)
-    t = torch.linspace(0, 999, s.batch).round().to(s.device)
-    tokens = torch.randn(s.batch, 77, s.context_dim, generator=random).to(s.device)
-    if side.ours:
-        return network, lambda: network(x, t, tokens)
-    return network, lambda: network(x, t, tokens, return_dict=False)[0]
-
-
-def unet_forward(s: Settings) -> list[Contender]:
-    def make(side: Side, precision: str) -> tuple[list[nn.Module], Run]:
-        network, call = unet_call(side, s)
-        return [network.eval()], torch.no_grad()(call)
-
-    return contenders(s, make)
-
-
-def unet_train(s: Settings) -> list[Contender]:
-    target = torch.randn(s.batch, 4, s.latent, s.latent, device=s.device)
-
-    def make(side: Side, precision: str) -> tuple[list[nn.Module], Run]:
-        network, call = unet_call(side, s)
-        network.train()
-        return [network], train_step(
-            list(network.parameters()), side, lambda: (call().float() - target).square().mean()
-        )
-
-    return contenders(s, make)
-
-
-# ------------------------------------------------------------------------------------------------ autoencoder
-
-
-def our_autoencoder(s: Settings) -> FirstStage:
-    torch.manual_seed(0)
-    width, mult = s.first_stage_channels, (1, 2, 4, 4)
-    return FirstStage(Encoder(3, width, mult, 2, 8), KLBottleneck(), Decoder(4, width, mult, 2), latent_channels=4)
-
-
-def their_autoencoder(s: Settings) -> nn.Module:
-    ours = our_autoencoder(s)
-    peer = diffusers.AutoencoderKL(
-        block_out_channels=tuple(s.first_stage_channels * mult for mult in (1, 2, 4, 4)),
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        layers_per_block=2,
-        latent_channels=4,
-    )
-    copy_weights(ours, peer, first_stage_to_diffusers(dict(ours.named_parameters())))
-    return peer
-
-
-def autoencoder(side: Side, s: Settings) -> tuple[Any, list[nn.Module]]:
-    """The autoencoder, and its parts that are compiled."""
-    made: Any = placed(our_autoencoder(s) if side.ours else their_autoencoder(s), side, s.device)
-    return made, [made.encoder, made.decoder]
-
-
-def pictures(s: Settings) -> Tensor:
-    values = torch.rand(s.images, 3, s.pixels, s.pixels, generator=torch.Generator().manual_seed(2))
-    return (values * 2 - 1).to(s.device)
-
-
-def encode(s: Settings) -> list[Contender]:
-    images = pictures(s)
-
-    def make(side: Side, precision: str) -> tuple[list[nn.Module], Run]:
-        model, networks = autoencoder(side, s)
-        model.eval()
-        call = (lambda: model.encode(images)) if side.ours else (lambda: model.encode(images).latent_dist.mode())
-        return networks, torch.no_grad()(call)
-
-    return contenders(s, make)
-
-
-def decode(s: Settings) -> list[Contender]:
-    z = torch.randn(s.images, 4, s.pixels // 8, s.pixels // 8, generator=torch.Generator().manual_seed(3))
-    z = z.to(s.device)
-
-    def make(side: Side, precision: str) -> tuple[list[nn.Module], Run]:
-        model, networks = autoencoder(side, s)
-        model.eval()
-        call = (lambda: model.decode(z)) if side.ours else (lambda: model.decode(z, return_dict=False)[0])
-        return networks, torch.no_grad()(call)
-
-    return contenders(s, make)
-
-
-def autoencoder_train(s: Settings) -> list[Contender]:
-    images = pictures(s)
-    noise = torch.randn(s.images, 4, s.pixels // 8, s.pixels // 8, device=s.device)
-
-    def make(side: Side, precision: str) -> tuple[list[nn.Module], Run]:
-        model, networks = autoencoder(side, s)
-        model.train()
-
-        def ours() -> Tensor:
-            reconstruction, bottlenecked = model(images, noise)
-            return (reconstruction.float() - images).abs().mean() + 1e-6 * bottlenecked.loss.float().mean()
-
-        def theirs() -> Tensor:
-            posterior = model.encode(images).latent_dist
-            reconstruction = model.decode(posterior.mean + posterior.std * noise, return_dict=False)[0]
-            return (reconstruction.float() - images).abs().mean() + 1e-6 * posterior.kl().float().mean()
-
-        return networks, train_step(list(model.parameters()), side, ours if side.ours else theirs)
-
-    return contenders(s, make)
-
-
-CASES: dict[str, Case] = {
-    "unet_forward": unet_forward,
-    "unet_train": unet_train,
-    "encode": encode,
-    "decode": decode,
-    "autoencoder_train": autoencoder_train,
-}
 
 
 def check_agreement(name: str, made: list[Contender]) -> None:
@@ -305,8 +64,12 @@ def profile(made: list[Contender], device: torch.device) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default=",".join(CASES), help="cases, with commas (all)")
-    parser.add_argument("--precision", default="float32,bf16", help="float32, bf16 or both (both)")
-    parser.add_argument("--compile", action="store_true", help="the compiled networks as well")
+    parser.add_argument(
+        "--precision", help="float32, bf16 or both, with a comma (both, where the device multiplies bf16 in hardware)"
+    )
+    parser.add_argument(
+        "--compile", action=argparse.BooleanOptionalAction, default=True, help="the compiled networks as well (yes)"
+    )
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, help="of the CPU (torch's default)")
@@ -327,11 +90,21 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def precisions_of(given: argparse.Namespace) -> list[str]:
+    asked = given.precision.split(",") if given.precision else list(bench.DTYPES)
+    if unknown := set(asked) - set(bench.DTYPES):
+        raise SystemExit(f"--precision: there is no {sorted(unknown)}; there are {', '.join(bench.DTYPES)}")
+    if not given.precision and given.device == "cpu" and not MATRIX_UNITS:
+        progress("bf16 is left out: this CPU would emulate it; --precision float32,bf16 measures that")
+        return ["float32"]
+    return [name for name in bench.DTYPES if name in asked]
+
+
 def settings_of(given: argparse.Namespace) -> Settings:
     width = 320 if given.full else 32 if given.small else 64
     return Settings(
         device=torch.device(given.device),
-        precisions=[name for name in bench.DTYPES if name in given.precision.split(",")],
+        precisions=precisions_of(given),
         compiled=given.compile,
         unet_channels=width,
         context_dim=768 if given.full else 64 if given.small else 256,
@@ -370,7 +143,13 @@ def main() -> None:
     for precision, by_name in rate.items():
         told = ", ".join(f"{name} {value / 1e9:.0f} GFLOP/s" for name, value in by_name.items())
         lines.append(f"{precision}: {told}.")
-    results: dict[str, Any] = {}
+    tell(lines)
+    record: dict[str, Any] = {
+        "versions": facts,
+        "settings": {key: str(value) for key, value in vars(s).items()} | {"rounds": given.rounds},
+        "ceilings_flop_per_s": rate,
+        "cases": {},
+    }
     for name in chosen:
         progress(name)
         made = CASES[name](s)
@@ -380,19 +159,22 @@ def main() -> None:
             continue
         count = bench.flops(made[0].run)
         bench.time_all(made, given.rounds, s.device, clock)
-        lines += ["", f"{name}: {count / 1e9:.1f} GFLOP", "", *bench.table(made, count, rate)]
+        lines = ["", f"{name}: {count / 1e9:.1f} GFLOP", "", *bench.table(made, count, rate)]
         if given.peak_tflops:
             best = min((c for c in made if c.precision == "bf16"), key=lambda c: c.median_s, default=made[0])
             used = count / best.median_s / given.peak_tflops / 1e12
             lines += ["", f"Model FLOP utilisation of {best.name}: {used:.1%} of {given.peak_tflops:g} TFLOP/s"]
-        results[name] = bench.record(made, count, rate)
+        tell(lines)
+        record["cases"][name] = bench.record(made, count, rate)
+        if given.out:
+            given.out.parent.mkdir(parents=True, exist_ok=True)
+            given.out.write_text(json.dumps(record, indent=2) + "\n")
         del made
+
+
+def tell(lines: list[str]) -> None:
     sys.stdout.write("\n".join(lines) + "\n")
-    if given.out:
-        settings = {key: str(value) for key, value in vars(s).items()} | {"rounds": given.rounds}
-        given.out.parent.mkdir(parents=True, exist_ok=True)
-        text = {"versions": facts, "settings": settings, "ceilings_flop_per_s": rate, "cases": results}
-        given.out.write_text(json.dumps(text, indent=2) + "\n")
+    sys.stdout.flush()
 
 
 if __name__ == "__main__":

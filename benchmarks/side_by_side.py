@@ -23,13 +23,13 @@ DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
 
 @dataclass
 class Contender:
-    """One side of a comparison: who, at what precision (of DTYPES), eager or compiled, what is timed, under what."""
+    """One side of a comparison: who, at what precision (of DTYPES), eager or compiled, what is timed."""
 
     who: str
     precision: str
     compiled: bool
     run: Run
-    prepare: Run | None = None  # settings of the process that the run is timed under
+    prepare: Run | None = None  # called before each timed run
     times_s: list[float] = field(default_factory=list)
     peak_bytes: int | None = None
 
@@ -77,7 +77,7 @@ def seconds(run: Run, device: torch.device, clock: Clock = time.perf_counter) ->
 def time_all(contenders: list[Contender], rounds: int, device: torch.device, clock: Clock = time.perf_counter) -> None:
     """Times every contender once a round, in an order that changes from round to round, after one run to warm up.
 
-    A contender that sets something in the process before its turn has a run of its own then that is not timed.
+    `prepare` is called before each turn of a contender that has one, outside of its time.
 
     With time.process_time it is the processor's time that counts: what other processes take is left out, but the
     waiting of threads for one another counts as well, so it is a measure for one thread.
@@ -93,7 +93,6 @@ def time_all(contenders: list[Contender], rounds: int, device: torch.device, clo
         for contender in order.sample(contenders, len(contenders)):
             if contender.prepare:
                 contender.prepare()
-                contender.run()
             contender.times_s.append(seconds(contender.run, device, clock))
         progress(f"  round {number} of {rounds}: " + ", ".join(f"{c.name} {c.times_s[-1]:.4g}" for c in contenders))
 
