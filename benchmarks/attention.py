@@ -21,7 +21,7 @@ HEADS = 8
 
 def laid_out(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """What `attend` does on a CPU without matrix units."""
-    q, k, v, mask = attend._laid_out(q, k, v, None)
+    k, v, mask = attend._laid_out(q.shape[-2], k, v, None)
     return nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 

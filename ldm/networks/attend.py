@@ -10,7 +10,7 @@ NARROW_channels = 32
 LARGE_entries = 1 << 14  # of one head's weights; below, both ways cost next to nothing
 MATRIX_UNITS = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
 LANES = 16  # float32 numbers in a vector register of AVX-512
-SOME_pixels, MANY_pixels = 256, 1024  # from where on a copy of the keys, of all, is worth its time
+SOME_pixels, MANY_pixels = 256, 1024  # from where on a copy is worth its time: to fill vectors, to bring rows together
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -25,23 +25,23 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tenso
         narrow = q.shape[-1] <= NARROW_channels and q.shape[-2] * k.shape[-2] >= LARGE_entries
         if MATRIX_UNITS and narrow and q.dtype == torch.bfloat16:
             return chunked_attention(q, k, v, mask)
-        q, k, v, mask = _laid_out(q, k, v, mask)
+        k, v, mask = _laid_out(q.shape[-2], k, v, mask)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
-def _laid_out(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """The same problem, as torch's flash attention on a CPU is fastest at it (measured by benchmarks.attention).
+def _laid_out(pixels: int, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Keys, values and mask as torch's flash attention on a CPU is fastest with (measured by benchmarks.attention).
 
     Keys that do not fill its vectors cost it one by one: 77 tokens take 1.2 to 1.4 times as long as 80 of which three
     are masked, without a backward pass up to twice. Over many pixels, heads whose rows lie apart in memory, as the
-    projections leave them, take 1.07 times as long.
+    projections leave them, take 1.07 times as long. (The queries' layout hardly matters, and is the output's.)
     """
-    pixels, missing = q.shape[-2], -k.shape[-2] % LANES
+    missing = -k.shape[-2] % LANES
     if missing and pixels >= SOME_pixels:
         if mask is None:
             mask = torch.ones(1, 1, 1, k.shape[-2], dtype=torch.bool, device=k.device)
         mask = F.pad(mask, (0, missing))
         k, v = F.pad(k, (0, 0, 0, missing)), F.pad(v, (0, 0, 0, missing))
-    if pixels >= MANY_pixels:
-        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-    return q, k, v, mask
+    elif pixels >= MANY_pixels:
+        k, v = k.contiguous(), v.contiguous()
+    return k, v, mask
