@@ -96,3 +96,23 @@ def test_the_refiner_loads(tmp_path: Path) -> None:
     write_diffusers(package("refiner", tmp_path), tmp_path / "folder")
     pipeline = diffusers.StableDiffusionXLImg2ImgPipeline.from_pretrained(tmp_path / "folder", local_files_only=True)
     assert pipeline.config.requires_aesthetics_score and pipeline.text_encoder is None
+
+
+def test_inpainting_is_theirs(tmp_path: Path) -> None:
+    """Their pipeline for it, and the same prediction of the nine channels that it gives its UNet."""
+    write_own(package("inpainting", tmp_path), tmp_path / "own")
+    write_diffusers(package("inpainting", tmp_path), tmp_path / "folder")
+    pipeline = diffusers.StableDiffusionInpaintPipeline.from_pretrained(tmp_path / "folder", local_files_only=True)
+    network = load_trained(str(tmp_path / "own"), "ema", "cpu").model.denoiser.network
+    x, tokens = torch.randn(1, 9, 8, 8), torch.randn(1, 5, 64)
+    with torch.no_grad():
+        wanted = network(x[:, :4], torch.tensor([7.0]), tokens=tokens, concat=x[:, 4:])
+        found = pipeline.unet(x, 7, encoder_hidden_states=tokens).sample
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+    picture, mask = torch.rand(1, 3, SIDE, SIDE), torch.zeros(1, 1, SIDE, SIDE)
+    mask[..., : SIDE // 2] = 1.0
+    pipeline.set_progress_bar_config(disable=True)
+    made = pipeline(
+        PROMPT, image=picture, mask_image=mask, height=SIDE, width=SIDE, num_inference_steps=2, output_type="pt"
+    ).images
+    assert made.shape == (1, 3, SIDE, SIDE) and bool(made.isfinite().all())
