@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ldm.errors import UserError
 from ldm.interop.diffusers_folder import is_diffusers, read_diffusers, write_diffusers
-from ldm.interop.model_folder import find_any_model_folder, find_model_folder
+from ldm.interop.model_folder import RECORD, find_any_model_folder, find_model_folder
 from ldm.interop.own_folder import load_tokenizer, package_of, write_own
 from ldm.interop.package import Package, require_finite
 from ldm.interop.single_file import SD_FACTOR, SDXL_FACTOR, read_single_file, write_single_file
@@ -61,6 +61,8 @@ def read(path: Path, weights: str = "ema", prediction: str | None = None, kind: 
 
 
 def _read(path: Path, weights: str, prediction: str | None, kind: str | None) -> Package:
+    if path.is_file() and (path.parent / RECORD).is_file():
+        raise UserError(f"{path} is a part of the model folder {path.parent}: give the folder")
     if path.is_file():
         return read_single_file(path, weights, prediction)
     if is_diffusers(path):

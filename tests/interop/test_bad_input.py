@@ -297,6 +297,7 @@ def without_transformers(tensors: dict[str, torch.Tensor]) -> None:
         (without("unet/config.json"), "unet/config.json is missing"),
         (without("tokenizer/*"), "tokenizer has no tokenizer"),
         (without("tokenizer/tokenizer.json", "tokenizer/merges.txt"), "tokenizer has no tokenizer"),
+        (lambda whole, path: own()(whole, path) / "weights.safetensors", "is a part of the model folder"),
         (own("config.yaml"), "it has no config.yaml"),
         (own("weights.safetensors"), "no file at"),
         (own(config="a: ["), "its config.yaml is not the one of a model"),

@@ -10,6 +10,7 @@ import torch
 from ldm.config.build import load_trained
 from ldm.diffusion.schedule import ScaledLinear, ZeroTerminalSNR
 from ldm.generation import Generator, Request, SamplingSettings
+from ldm.interop.convert import read
 from ldm.interop.diffusers_folder import write_diffusers
 from ldm.interop.own_folder import write_own
 from ldm.interop.single_file import write_single_file
@@ -18,7 +19,7 @@ from ldm.sampling.grid import Grid, Leading, Trailing
 from ldm.sampling.guidance import ClassifierFree
 from ldm.sampling.noise import ImageNoise
 
-from .tiny import SIDE, package
+from .tiny import SIDE, package, same
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -116,3 +117,23 @@ def test_inpainting_is_theirs(tmp_path: Path) -> None:
         PROMPT, image=picture, mask_image=mask, height=SIDE, width=SIDE, num_inference_steps=2, output_type="pt"
     ).images
     assert made.shape == (1, 3, SIDE, SIDE) and bool(made.isfinite().all())
+
+
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("sdxl", {"safe_serialization": False, "variant": "fp16", "max_shard_size": "300KB"}),
+        ("inpainting", {}),
+    ],
+)
+def test_folders_that_they_save_are_read(family: str, options: dict[str, Any], tmp_path: Path) -> None:
+    """Their whole configurations, old pickles in parts, variants, another scheduler on the same betas."""
+    given = package(family, tmp_path)
+    write_diffusers(given, tmp_path / "folder")
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "folder", local_files_only=True)
+    pipeline.scheduler = diffusers.EulerDiscreteScheduler.from_config(pipeline.scheduler.config)
+    pipeline.save_pretrained(tmp_path / "theirs", **options)
+    found = read(tmp_path / "theirs")
+    same(found.state, given.state)
+    assert found.architecture == replace(given.architecture, texts=found.architecture.texts)
+    assert [replace(text, prefix="text_model.") for text in found.architecture.texts] == list(given.architecture.texts)
