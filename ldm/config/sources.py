@@ -167,7 +167,7 @@ def load_weights(
     _check_parts(config)
     if first_stage is not None:
         load_strictly(cast(LatentDiffusion, model).first_stage, first_stage.state, first_stage.origin)
-        log.info("first_stage comes from %s (first_stage_from)", first_stage.origin)
+        log.info("first_stage: from %s (first_stage_from)", first_stage.origin)
     if config.init_from is None:
         return
     source = weights_of(config.init_from, models, "init_from", module.kind)

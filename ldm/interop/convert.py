@@ -16,7 +16,13 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from ldm.errors import UserError
-from ldm.interop.diffusers_folder import is_diffusers, read_diffusers, write_diffusers
+from ldm.interop.diffusers_folder import (
+    is_diffusers,
+    is_first_stage_file,
+    read_diffusers,
+    read_first_stage_file,
+    write_diffusers,
+)
 from ldm.interop.model_folder import RECORD, find_any_model_folder, find_model_folder
 from ldm.interop.own_folder import load_tokenizer, package_of, write_own
 from ldm.interop.package import Package, require_finite
@@ -64,7 +70,8 @@ def _read(path: Path, weights: str, prediction: str | None, kind: str | None) ->
     if path.is_file() and (path.parent / RECORD).is_file():
         raise UserError(f"{path} is a part of the model folder {path.parent}: give the folder")
     if path.is_file():
-        return read_single_file(path, weights, prediction)
+        beside = is_first_stage_file(path)
+        return read_first_stage_file(path) if beside else read_single_file(path, weights, prediction)
     if is_diffusers(path):
         return read_diffusers(path, weights == "raw")
     folder = find_model_folder(path, kind) if kind else find_any_model_folder(path)

@@ -40,6 +40,7 @@ from ldm.interop.weight_files import (
     TEXT_FILE,
     SHARD_bytes,
     has_raw,
+    read_file,
     read_json,
     read_weights,
     write_json,
@@ -234,10 +235,23 @@ def _number(arguments: Mapping[str, Any], channels: int, size: tuple[int, int]) 
     return {**arguments, "default": default, **({} if channels == 256 else {"channels": channels})}
 
 
-def _read_first_stage(folder: Path) -> Package:
+def is_first_stage_file(path: Path) -> bool:
+    """Whether a file is the weights of an autoencoder's folder, which says what it is."""
+    beside = path.parent / "config.json"
+    own = path.name.startswith(MODEL_FILE) and "-of-" not in path.name and beside.is_file()
+    return own and read_json(beside).get("_class_name") in ("AutoencoderKL", "VQModel")
+
+
+def read_first_stage_file(path: Path) -> Package:
+    """The first stage in such a file."""
+    return _read_first_stage(path.parent, path)
+
+
+def _read_first_stage(folder: Path, file: Path | None = None) -> Package:
+    """The autoencoder in a folder, of its weights' files the given one."""
     config = read_json(folder / "config.json")
     architecture = Architecture(configs.first_stage_arguments(config, str(folder / "config.json")))
-    tensors, metadata = read_weights(folder, MODEL_FILE)
+    tensors, metadata = read_weights(folder, MODEL_FILE) if file is None else read_file(file)
     names = renamed(tensors, OLD_ATTENTION)
     shapes = shapes_of_first_stage(architecture)
     given = {names[name]: tensor for name, tensor in tensors.items()}

@@ -123,6 +123,8 @@ def find_model_folder(given: Path, kind: str) -> ModelFolder:
     runs = [run for run in runs if any(run.glob(f"*/model/{RECORD}"))][:1]  # itself, or the newest run in it
     found = [open_model_folder(record.parent) for run in runs for record in run.glob(f"*/model/{RECORD}")]
     found = [folder for folder in found if folder.record["kind"] == kind]
+    if given.is_file() and (given.parent / RECORD).is_file():
+        raise NoModelError(f"checkpoint={given}: it is a part of the model folder {given.parent}; give the folder")
     if not found and (given.is_file() or (given / "model_index.json").is_file()):
         raise NoModelError(
             f"checkpoint={given}: it is a model of another format; convert it first (python -m ldm.interop.convert "

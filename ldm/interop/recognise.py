@@ -1,6 +1,7 @@
 """What a single file holds, from its tensors' names and shapes."""
 
 import re
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -79,7 +80,7 @@ def _network_arguments(state: State) -> dict[str, Any]:
     attended = [level[0][1] is not None for level in levels]
     middle = _depth(state, "middle_block.1.")
     depths = [level[0][1] or (middle if i == len(levels) - 1 else 1) for i, level in enumerate(levels)]
-    attention = next(name for name in [*state, "attn2.to_k.weight"] if name.endswith("attn2.to_k.weight"))
+    contexts = Counter(t.shape[1] for name, t in state.items() if re.search(r"attn2\.to_[kv]\.weight$", name))
     projection = next((name for name in state if name.endswith(".1.proj_in.weight")), "input_blocks.1.1.proj_in.weight")
     linear = state[projection].ndim == 2
     return {
@@ -91,7 +92,7 @@ def _network_arguments(state: State) -> dict[str, Any]:
         "attention_levels": attended,
         "num_heads": None if linear else 8,
         "head_channels": HEAD_channels if linear else None,
-        "context_dim": state[attention].shape[1],
+        "context_dim": contexts.most_common(1)[0][0],  # one that is damaged is then told by its name
         "transformer_depth": one_or_each(depths),
         "linear_projections": linear,
         "vector_dim": state["label_emb.0.0.weight"].shape[1] if "label_emb.0.0.weight" in state else None,

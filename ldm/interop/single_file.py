@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ldm.checkpoint import load_tensors, load_torch, save_tensors
+from ldm.diffusion.schedule import ScaledLinear
 from ldm.errors import UserError
 from ldm.interop import recognise
 from ldm.interop.names import (
@@ -54,6 +55,7 @@ BESIDE = re.compile(
     r"|denoiser\.(log_)?sigmas|model_ema\..*|(first_stage_model\.)?loss\..*|.*\.position_ids|.*logit_scale"
     r"|.*\.attn_mask|.*\.transformer\.text_projection\.weight|v_pred|ztsnr)$"
 )
+MARKS = ("scale_factor", "v_pred", "ztsnr", "alphas_cumprod")  # of these, those that say something
 OLD_TEXT: Rules = [  # how transformers named CLIP's parts once, as files of that time still do
     (r"^(cond_stage_model\.transformer\.)(embeddings|encoder|final_layer_norm)\.", r"\1text_model.\2."),
 ]
@@ -129,7 +131,7 @@ def read_single_file(path: Path, weights: str = "ema", prediction: str | None = 
     recognise.refuse_adapters(list(tensors), str(path))
     averaged = _averaged(tensors) if weights == "ema" else {}
     tensors |= averaged
-    told = _Told(metadata, {name: tensors[name] for name in ("scale_factor", "v_pred", "ztsnr") if name in tensors})
+    told = _Told(metadata, {name: tensors[name] for name in MARKS if name in tensors})
     tensors = {name: tensor for name, tensor in tensors.items() if not BESIDE.match(name)}
     if any(name.startswith(UNET) for name in tensors):
         package = _model(tensors, told, str(path), prediction)
@@ -192,6 +194,14 @@ class _Told:
         """Stable Diffusion's, rescaled to zero terminal SNR where the file is marked so."""
         return {"kind": "ZeroTerminalSNR", "schedule": SD_SCHEDULE} if "ztsnr" in self.marks else SD_SCHEDULE
 
+    def other_levels(self) -> bool:
+        """Whether it has noise levels of another schedule than Stable Diffusion's."""
+        given = self.marks.get("alphas_cumprod")
+        known = torch.from_numpy(ScaledLinear().alphas_cumprod)
+        return given is not None and (
+            given.shape != known.shape or not torch.allclose(given.double(), known, rtol=1e-2, atol=1e-3)
+        )
+
     def factor(self, architecture: Architecture) -> float:
         """The latent scale factor: LDM's buffer where it measured one, else what readers assume."""
         measured = self.marks.get("scale_factor")
@@ -204,7 +214,10 @@ def _bare_first_stage(tensors: dict[str, Tensor], told: _Told, origin: str) -> P
         architecture = Architecture(Architecture.of(description["architecture"]).first_stage)
     else:
         architecture = Architecture(recognise.first_stage_arguments(tensors, origin))
-    shapes = shapes_of_first_stage(architecture)
+    try:
+        shapes = shapes_of_first_stage(architecture)
+    except (TypeError, KeyError) as error:
+        raise UserError(f"{origin}: its metadata {METADATA!r} do not describe a first stage ({error})") from error
     state = taken(tensors, first_stage_to_compvis(shapes), shapes, origin)
     channels = architecture.first_stage["latent_channels"]
     latents = description.get("latents")
@@ -221,8 +234,11 @@ def _model(tensors: dict[str, Tensor], told: _Told, origin: str, prediction: str
         architecture = Architecture.of(description["architecture"])
     else:
         architecture, tensors = _recognised(_modern(tensors), told, origin, prediction, notes)
-    require_fitting(architecture, origin)
-    pieces, shapes = _whole(architecture)
+    try:
+        require_fitting(architecture, origin)
+        pieces, shapes = _whole(architecture)
+    except (TypeError, KeyError) as error:
+        raise UserError(f"{origin}: its metadata {METADATA!r} do not describe a model ({error})") from error
     state = taken(tensors, pieces, shapes, origin)
     first_stage = {n.removeprefix("first_stage."): state.pop(n) for n in list(state) if n.startswith("first_stage.")}
     channels, factor = architecture.first_stage["latent_channels"], told.factor(architecture)
@@ -278,6 +294,8 @@ def _recognised(
                 "where it is one for 512 pixels (base), give --prediction epsilon"
             )
         size = (768, 768) if predicted == "V" else size
+    if told.other_levels():
+        notes.append(f"{origin} has other noise levels (alphas_cumprod) than Stable Diffusion's, which are assumed")
     given = _part(tensors, FIRST_STAGE)
     if not given:
         raise UserError(f"{origin} has no first stage ({FIRST_STAGE}*): give the whole model's file, one with its VAE")

@@ -26,7 +26,7 @@ def read_weights(folder: Path, name: str, raw: bool = False) -> Loaded:
         for stem, suffix in ((name, "safetensors"), (OLD.get(name, name), "bin")):
             whole, index = folder / f"{stem}{variant}.{suffix}", folder / f"{stem}.{suffix}.index{variant}.json"
             if whole.is_file():
-                return _load(whole)
+                return read_file(whole)
             if index.is_file():
                 return _read_shards(folder, index)
     raise UserError(f"{folder} has no weights: expected {name}.safetensors, or its parts with an index")
@@ -37,7 +37,8 @@ def has_raw(folder: Path, name: str) -> bool:
     return any(folder.glob(f"{name}{RAW}.*")) or any(folder.glob(f"{name}.*.index{RAW}.json"))
 
 
-def _load(path: Path) -> Loaded:
+def read_file(path: Path) -> Loaded:
+    """The tensors and the metadata in one file, safetensors or pickle."""
     if path.suffix == ".safetensors":
         return load_tensors(path)
     return tensors_of(load_torch(path), path), {}
@@ -53,7 +54,7 @@ def _read_shards(folder: Path, index: Path) -> Loaded:
     tensors: dict[str, Tensor] = {}
     metadata: dict[str, str] = {}
     for file in sorted(set(files.values())):
-        part, told = _load(folder / file)
+        part, told = read_file(folder / file)
         tensors |= part
         metadata |= told
     return tensors, metadata

@@ -78,7 +78,7 @@ def test_a_text_encoder_that_is_named_stays_and_it_is_told(
     assert equal(part(dict(model.state_dict()), "denoiser."), part(wanted, "denoiser."))
     assert "conditioner: its weights are as configured, not those of" in caplog.text
     assert f"network: from {run}/base.safetensors (init_from)" in caplog.text
-    assert f"first_stage comes from {run}/first_stage/model (first_stage_from)" in caplog.text
+    assert f"first_stage: from {run}/first_stage/model (first_stage_from)" in caplog.text
     assert model.conditioner.encoder.name_or_path == str(run / "other")  # type: ignore[union-attr]
     assert "origin" not in model.conditioner.__dict__ and "origin" in model.denoiser.network.__dict__
 

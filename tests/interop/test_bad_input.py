@@ -225,6 +225,18 @@ def upscaler(tensors: dict[str, torch.Tensor]) -> None:
     tensors[UNET + "label_emb.weight"] = torch.zeros(1000, 128)
 
 
+def one_of_another_width(tensors: dict[str, torch.Tensor]) -> None:
+    tensors[UNET + "input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"] = torch.zeros(32, 77)
+
+
+def with_metadata(text: str) -> Callable[[Path, Path], Path]:
+    def make(whole: Path, path: Path) -> Path:
+        save_tensors(path / "model.safetensors", load_tensors(whole / "whole.safetensors")[0], {"ldm": text})
+        return path / "model.safetensors"
+
+    return make
+
+
 def without_first_stage(tensors: dict[str, torch.Tensor]) -> None:
     for name in [name for name in tensors if name.startswith("first_stage_model.")]:
         del tensors[name]
@@ -304,9 +316,17 @@ def without_transformers(tensors: dict[str, torch.Tensor]) -> None:
         (own(config="{}"), "its config.yaml is not the one of a model"),
         (with_tensors(upscaler), "takes 7 channels and gives 4, beside a first stage of 4: known here are 4, and 9"),
         (with_tensors(lambda t: t[UNET + "out.2.bias"].fill_(float("nan"))), "NaN or infinities in denoiser.network"),
-        (with_tensors(without_transformers), "has no 'input_blocks.1.1.proj_in.weight'"),
+        (with_tensors(without_transformers), "it has no "),
         (with_tensors(lambda t: t.pop(UNET + "input_blocks.0.0.weight")), "has no 'input_blocks.0.0.weight'"),
         (with_tensors(lambda t: t.pop("first_stage_model.encoder.conv_in.weight")), "has no 'encoder.conv_in.weight'"),
+        (with_tensors(one_of_another_width), "attn2.to_k.weight: [32, 77] in the file, [32, 64] expected"),
+        (with_metadata("{"), "its metadata 'ldm' are not readable"),
+        (with_metadata("[1]"), "its metadata 'ldm' are not readable"),
+        (with_metadata('{"architecture": {"first_stage": {}}}'), "the description of the model in the file is not"),
+        (
+            with_metadata('{"architecture": {"first_stage": {}, "texts": [], "numbers": [], "size": [1, 1]}}'),
+            "its metadata 'ldm' do not describe a model",
+        ),
         (with_tensors(without_first_stage), "has no first stage (first_stage_model.*)"),
         (with_tensors(lambda t: t.update({"extra.weight": torch.zeros(1)})), "unexpected extra.weight"),
     ],
@@ -403,7 +423,9 @@ def test_a_tokenizer_of_another_model_is_refused(whole: Path, tmp_path: Path) ->
     assert not (tmp_path / "out").exists()
 
 
-def test_sampling_from_another_format_says_how(whole: Path) -> None:
+def test_sampling_from_another_format_says_how(whole: Path, tmp_path: Path) -> None:
     for path in (whole / "whole.safetensors", whole / "folder"):
         with pytest.raises(UserError, match="convert it first"):
             find_model_folder(path, "diffusion")
+    with pytest.raises(UserError, match="a part of the model folder"):
+        find_model_folder(own()(whole, tmp_path) / "weights.safetensors", "diffusion")

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ldm.checkpoint import load_tensors, save_tensors
+from ldm.diffusion.schedule import ScaledLinear
 from ldm.errors import UserError
 from ldm.interop.convert import convert, main, read
 from ldm.interop.diffusers_folder import write_diffusers
@@ -148,6 +149,13 @@ def test_a_file_may_say_what_it_predicts(
     assert not found.notes
 
 
+def test_other_noise_levels_are_told(tmp_path: Path) -> None:
+    levels = torch.from_numpy(ScaledLinear().alphas_cumprod)
+    for given, notes in ((levels.half(), 0), (levels.float() * 0.9, 1), (levels[:500], 1)):
+        found = read(saved(tensors_of("sd1", tmp_path) | {"alphas_cumprod": given}, tmp_path))
+        assert len([note for note in found.notes if "other noise levels" in note]) == notes
+
+
 def test_a_prediction_against_what_is_told_is_refused(tmp_path: Path) -> None:
     write_own(package("sd1", tmp_path), tmp_path / "own")
     write_diffusers(package("sd1", tmp_path), tmp_path / "folder")
@@ -194,6 +202,15 @@ def test_the_old_names_in_a_folder(tmp_path: Path) -> None:
     tensors, _ = load_tensors(tmp_path / "vae" / UNET_FILE)
     save_tensors(tmp_path / "vae" / UNET_FILE, {old(name): tensor for name, tensor in tensors.items()})
     same(read(tmp_path / "vae").part("first_stage.encoder."), model.part("first_stage.encoder."))
+
+
+def test_a_file_in_an_autoencoders_folder_is_what_the_folder_says(tmp_path: Path) -> None:
+    write_diffusers(package("sdxl", tmp_path), tmp_path / "folder")
+    folder = tmp_path / "folder" / "vae"
+    same(read(folder / UNET_FILE).state, read(folder).state)
+    (folder / UNET_FILE).rename(folder / "diffusion_pytorch_model.fp16.safetensors")
+    found = read(folder / "diffusion_pytorch_model.fp16.safetensors")
+    assert found.latents_told and found.state["first_stage.latent_std"][0] == pytest.approx(1 / 0.13025)
 
 
 def test_averages_of_a_first_stage(tmp_path: Path) -> None:
