@@ -177,6 +177,8 @@ def first_stage_config(architecture: Architecture, statistics: dict[str, Any], s
             f"diffusers' AutoencoderKL has as many latent channels as its decoder takes; this first stage has "
             f"{arguments['latent_channels']}, its decoder takes {latent}, its encoder gives {encoder['out_channels']}"
         )
+    with torch.device("meta"):
+        groups = groups_of(build_first_stage(arguments), "first stage")
     mult = encoder["channel_mult"]
     attended = _each(encoder.get("attention_levels") or False, len(mult))
     down = [("AttnDownEncoderBlock2D" if yes else "DownEncoderBlock2D") for yes in attended]
@@ -189,7 +191,7 @@ def first_stage_config(architecture: Architecture, statistics: dict[str, Any], s
         "up_block_types": [name.replace("DownEncoder", "UpDecoder") for name in reversed(down)],
         "layers_per_block": encoder["num_res_blocks"],
         "latent_channels": latent,
-        "norm_num_groups": groups_of(build_first_stage(arguments), "first stage"),
+        "norm_num_groups": groups,
         "act_fn": "silu",
         "sample_size": sample_size,
         "mid_block_add_attention": encoder.get("mid_attention", True),
