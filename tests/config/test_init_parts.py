@@ -12,18 +12,16 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from ldm.checkpoint import load_tensors, save_tensors
-from ldm.config.build import stages
 from ldm.config.compose import compose
 from ldm.config.sources import load_first_stage
 from ldm.config.stages import stage_config
 from ldm.errors import UserError
-from ldm.interop.convert import convert, read
+from ldm.interop.convert import read
 from ldm.interop.own_folder import write_own
-from ldm.interop.package import Architecture, Package
+from ldm.interop.package import Architecture, Package, shapes_of_first_stage
 from ldm.interop.single_file import write_single_file
-from ldm.training import curriculum
 
-from .test_sources import model_of, overrides_for
+from .launch import model_of, overrides_for
 
 OTHERS = "conditioner.encoder."  # what variant=tiny gives a text encoder that is made anew
 NO_OTHER = "first_stage_from=null"  # the first stage is the one in init_from
@@ -31,26 +29,21 @@ DELETED = [f"~{OTHERS}{name}" for name in ("hidden_size", "layers", "heads", "in
 
 
 @pytest.fixture(scope="module")
-def run(tiny_shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run with a first stage and a base of two steps each, its base in other formats, and another text encoder."""
-    out = tmp_path_factory.mktemp("run")
-    overrides = overrides_for(tiny_shapes, out, "stages=[first_stage,base]")
-    curriculum.run(*stages(compose("train", overrides), overrides, out))
-    for to, name in (("single_file", "base.safetensors"), ("diffusers", "diffusers"), ("ldm", "ldm")):
-        convert(out / "base", out / name, to)
-    shutil.copytree(out / "diffusers" / "text_encoder", out / "other")
-    file = out / "other" / "model.safetensors"
-    tensors, metadata = load_tensors(file)
-    save_tensors(file, {name: tensor + 0.5 for name, tensor in tensors.items()}, metadata)
-    return out
+def other(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A text encoder of the run's sizes with other weights."""
+    folder = tmp_path_factory.mktemp("other") / "other"
+    shutil.copytree(run / "diffusers" / "text_encoder", folder)
+    tensors, metadata = load_tensors(folder / "model.safetensors")
+    save_tensors(folder / "model.safetensors", {name: tensor + 0.5 for name, tensor in tensors.items()}, metadata)
+    return folder
 
 
-def named(run: Path) -> list[str]:
+def named(run: Path, other: Path) -> list[str]:
     """A text encoder of the file's sizes and other weights, named on the command line."""
     return [
         "conditioner=clip_l",
         *DELETED,
-        f"conditioner.encoder.name_or_path={run}/other",
+        f"conditioner.encoder.name_or_path={other}",
         f"conditioner.tokenizer.name_or_path={run}/diffusers/tokenizer",
         "conditioner.max_length=16",
     ]
@@ -66,20 +59,20 @@ def equal(given: dict[str, Tensor], wanted: dict[str, Tensor]) -> bool:
 
 
 def test_a_text_encoder_that_is_named_stays_and_it_is_told(
-    run: Path, tiny_shapes: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    run: Path, other: Path, tiny_shapes: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     wanted = read(run / "base").state
-    given = [f"init_from={run}/base.safetensors", f"first_stage_from={run}/first_stage", *named(run)]
+    given = [f"init_from={run}/base.safetensors", f"first_stage_from={run}/first_stage", *named(run, other)]
     with caplog.at_level(logging.INFO):
         model = model_of(tiny_shapes, run, tmp_path, *given)
-    other, _ = load_tensors(run / "other" / "model.safetensors")
+    theirs, _ = load_tensors(other / "model.safetensors")
     found = {f"text_model.{n.removeprefix('encoder.')}": t for n, t in model.conditioner.state_dict().items()}
-    assert equal(found, other)
+    assert equal(found, theirs)
     assert equal(part(dict(model.state_dict()), "denoiser."), part(wanted, "denoiser."))
     assert "conditioner: its weights are as configured, not those of" in caplog.text
     assert f"network: from {run}/base.safetensors (init_from)" in caplog.text
     assert f"first_stage: from {run}/first_stage/model (first_stage_from)" in caplog.text
-    assert model.conditioner.encoder.name_or_path == str(run / "other")  # type: ignore[union-attr]
+    assert model.conditioner.encoder.name_or_path == str(other)  # type: ignore[union-attr]
     assert "origin" not in model.conditioner.__dict__ and "origin" in model.denoiser.network.__dict__
 
     caplog.clear()
@@ -166,11 +159,11 @@ def test_a_damaged_model_folder_is_refused(run: Path, tiny_shapes: Path, tmp_pat
 
 
 @pytest.fixture(scope="module")
-def silent(run: Path) -> Path:
+def silent(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A first stage with another decoder, in a file that does not tell its latent statistics."""
     given = read(run / "first_stage")
     state = given.state | {"first_stage.decoder.conv_out.bias": torch.ones(3)}
-    file = run / "vae.safetensors"
+    file = tmp_path_factory.mktemp("silent") / "vae.safetensors"
     write_single_file(replace(given.with_state(state), latents_told=False), file)
     return file
 
@@ -196,8 +189,6 @@ def test_a_silent_first_stage_of_other_channels_is_refused(run: Path, tiny_shape
     given = read(run / "first_stage").architecture.first_stage
     arguments = given | {"latent_channels": 6, "decoder": given["decoder"] | {"in_channels": 6}}
     arguments["encoder"] = given["encoder"] | {"out_channels": 12}
-    from ldm.interop.package import shapes_of_first_stage
-
     known = Architecture(arguments)
     state = {f"first_stage.{n}": torch.zeros(t.shape) for n, t in shapes_of_first_stage(known).items()}
     state |= {"first_stage.latent_mean": torch.zeros(6), "first_stage.latent_std": torch.ones(6)}
