@@ -111,7 +111,7 @@ def test_parts_that_leave_something_open_are_refused(
         model_of(tiny_shapes, run, tmp_path, f"init_from={run}/base.safetensors", *more)
 
 
-@pytest.mark.parametrize("source", ["base", "base.safetensors", "diffusers"])
+@pytest.mark.parametrize("source", ["base", "base.safetensors"])
 def test_a_text_encoder_of_another_vocabulary_is_refused(
     source: str, run: Path, tiny_shapes: Path, tmp_path: Path
 ) -> None:
