@@ -35,6 +35,9 @@ PathLike = str | os.PathLike[str]
 RECORD = "checkpoint.json"
 STATE = "state.json"
 FORMAT = 1
+DAMAGE = (  # what torch's unpickler raises at damaged bytes
+    RuntimeError, EOFError, OSError, LookupError, ValueError, TypeError, AttributeError, AssertionError, struct.error,
+)  # fmt: skip
 
 # ------------------------------------------------------------------------------------- whole or not at all
 
@@ -137,7 +140,7 @@ def load_tensors(path: PathLike) -> tuple[dict[str, Tensor], dict[str, str]]:
         with safe_open(path, framework="pt", device="cpu") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             return tensors, dict(file.metadata() or {})
-    except SafetensorError as error:
+    except (SafetensorError, OSError, ValueError) as error:
         raise UserError(
             f"{path} is not a whole safetensors file ({error}): it was cut short or is of another format; "
             "copy or write it again, or give another file"
@@ -166,7 +169,7 @@ def load_torch(path: PathLike, map_location: torch.device | str = "cpu") -> Any:
             "(torch.save(state_dict) or safetensors) and give that file. "
             f"torch says: {_first_line(error)}"
         ) from error
-    except (RuntimeError, EOFError, OSError, LookupError, struct.error) as error:
+    except DAMAGE as error:
         raise UserError(
             f"{path} is not a whole torch checkpoint: it was cut short or damaged ({_first_line(error)}); "
             "copy it again, or give an older one"

@@ -1,6 +1,7 @@
 """Files of tensors: whole or absent, refused when unsafe, known by their bytes."""
 
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -153,3 +154,22 @@ def test_fingerprint_depends_on_names_types_shapes_and_bytes_alone():
         {**TENSORS, "s": torch.tensor(1.0, dtype=torch.bfloat16)},
     ]
     assert len({base, *map(checkpoint.fingerprint, others)}) == 1 + len(others)
+
+
+@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "pickle"])
+def test_damaged_bytes_of_a_torch_file_are_told_whatever_they_break(legacy, tmp_path):
+    """Texts that are no UTF-8, types that are none, arguments that are missing: torch lets each through as it comes."""
+    path, draw = tmp_path / "model.ckpt", random.Random(0)
+    state = {"state_dict": {"a": torch.arange(20.0), "b": torch.zeros(2, 3)}, "global_step": 3}
+    torch.save(state, path, _use_new_zipfile_serialization=not legacy)
+    whole, refused = path.read_bytes(), 0
+    for _ in range(100):
+        damaged = bytearray(whole)
+        for _ in range(3):
+            damaged[draw.randrange(2, min(len(whole), 900))] = draw.randrange(256)
+        path.write_bytes(damaged)
+        try:
+            checkpoint.load_torch(path)
+        except UserError:
+            refused += 1
+    assert refused > 30

@@ -33,4 +33,18 @@ def stage_config(cfg: DictConfig, stage: str, overrides: list[str]) -> DictConfi
         ):
             OmegaConf.update(merged, name, OmegaConf.select(cfg, name))
     merged.stage = stage
+    if merged.task == "diffusion" and merged.init_from is not None and merged.init_parts is None:
+        merged.init_parts = _init_parts(merged, overrides)
     return merged
+
+
+def _init_parts(config: DictConfig, overrides: list[str]) -> list[str]:
+    """The parts of the model that come from init_from: all but those whose weights are named by themselves.
+
+    These are the first stage of first_stage_from, and a frozen text encoder whose place the command line gives; one
+    that is trained merely began with those weights.
+    """
+    given = [str(override.key_or_group).removeprefix(f"curriculum.{config.stage}.") for override in parse(overrides)]
+    named = any(name.startswith("conditioner.") and name.endswith("encoder.name_or_path") for name in given)
+    kept = named and config.conditioner.get("frozen", True)
+    return ["network", *([] if kept else ["conditioner"]), *([] if config.first_stage_from else ["first_stage"])]

@@ -1,9 +1,11 @@
 """Architectures as the config.json files of a diffusers folder say them."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from ldm.errors import UserError
 from ldm.interop.package import Architecture, build_first_stage, one_or_each
@@ -20,23 +22,41 @@ UNET_ALLOWED: dict[str, tuple[Any, ...]] = {
     "attention_type": ("default",),
     "center_input_sample": (False,),
     "class_embed_type": (None,),
+    "class_embeddings_concat": (False,),
     "conv_in_kernel": (3,),
     "conv_out_kernel": (3,),
+    "cross_attention_norm": (None,),
     "downsample_padding": (1,),
     "dual_cross_attention": (False,),
     "encoder_hid_dim": (None,),
     "encoder_hid_dim_type": (None,),
     "flip_sin_to_cos": (True,),
     "freq_shift": (0,),
+    "mid_block_only_cross_attention": (None, False),
+    "mid_block_scale_factor": (1,),
     "mid_block_type": ("UNetMidBlock2DCrossAttn",),
     "norm_eps": (1e-5,),
     "num_class_embeds": (None,),
     "only_cross_attention": (False,),
+    "resnet_out_scale_factor": (1,),
+    "resnet_skip_time_act": (False,),
     "resnet_time_scale_shift": ("default",),
+    "reverse_transformer_layers_per_block": (None,),
     "time_cond_proj_dim": (None,),
+    "time_embedding_act_fn": (None,),
+    "time_embedding_dim": (None,),
     "time_embedding_type": ("positional",),
+    "timestep_post_act": (None,),
     "addition_embed_type": (None, "text_time"),
 }
+FIRST_STAGE_ALLOWED: dict[str, tuple[Any, ...]] = {
+    "_class_name": ("AutoencoderKL", "VQModel"),
+    "act_fn": ("silu", "swish"),
+    "lookup_from_codebook": (False,),
+    "norm_type": ("group",),
+}
+TEXT_ALLOWED: dict[str, tuple[Any, ...]] = {"model_type": ("clip_text_model", "clip")}
+SD_FACTOR = 0.18215  # the scaling factor of an autoencoder whose config.json has none, in diffusers
 
 
 def groups_of(module: nn.Module, what: str) -> int:
@@ -73,6 +93,8 @@ def unet_config(architecture: Architecture, unet: UNet, sample_size: int) -> dic
         "transformer_layers_per_block": network["transformer_depth"],
         "cross_attention_dim": network["context_dim"],
         "use_linear_projection": network.get("linear_projections", False),
+        # SD 2.1's scores overflow in float16 (diffusers' folders of it say so too)
+        "upcast_attention": bool(network.get("linear_projections")) and network.get("vector_dim") is None,
         "norm_num_groups": groups_of(unet, "UNet"),
         "norm_eps": 1e-5,
         "act_fn": "silu",
@@ -92,6 +114,11 @@ def unet_config(architecture: Architecture, unet: UNet, sample_size: int) -> dic
 
 def network_arguments(config: Config, origin: str) -> dict[str, Any]:
     """`UNet`'s arguments; UserError that names what this project's UNet cannot be."""
+    with _understood(origin):
+        return _network_arguments(config, origin)
+
+
+def _network_arguments(config: Config, origin: str) -> dict[str, Any]:
     refuse_others(config, UNET_ALLOWED, origin)
     widths = list(config["block_out_channels"])
     down = list(config["down_block_types"])
@@ -107,6 +134,9 @@ def network_arguments(config: Config, origin: str) -> dict[str, Any]:
         raise UserError(f"{origin} has {heads} heads at {widths} channels: neither one number nor one width")
     alike = len(set(heads)) == 1
     vector = config.get("projection_class_embeddings_input_dim") if config.get("addition_embed_type") else None
+    depths = config.get("transformer_layers_per_block", 1)
+    if any(not isinstance(depth, int) for depth in _each(depths, 1)):
+        raise UserError(f"{origin} has transformer_layers_per_block={depths}; expected a number, or one per level")
     return {
         "in_channels": config.get("in_channels", 4),
         "out_channels": config.get("out_channels", 4),
@@ -117,11 +147,18 @@ def network_arguments(config: Config, origin: str) -> dict[str, Any]:
         "num_heads": heads[0] if alike else None,
         "head_channels": None if alike else per_head.pop(),
         "context_dim": config["cross_attention_dim"],
-        "transformer_depth": config.get("transformer_layers_per_block", 1),
+        "transformer_depth": depths,
         "linear_projections": bool(config.get("use_linear_projection", False)),
         "vector_dim": vector,
         "groups": config.get("norm_num_groups", 32),
     }
+
+
+def size_of(config: Config, factor: int) -> tuple[int, int]:
+    """(height, width) in pixels that a UNet's configuration says it is for."""
+    side = config.get("sample_size") or 64
+    height, width = side if isinstance(side, list | tuple) else (side, side)
+    return int(height) * factor, int(width) * factor
 
 
 # ----------------------------------------------------------------------------------------------- first stage
@@ -134,6 +171,14 @@ def first_stage_config(architecture: Architecture, statistics: dict[str, Any], s
     same = ("channels", "channel_mult", "num_res_blocks", "mid_attention", "attention_levels", "groups")
     if any(encoder.get(name) != decoder.get(name) for name in same):
         raise UserError("diffusers' autoencoders have the same levels on both sides; these differ")
+    latent = decoder["in_channels"]
+    if not book and (encoder["out_channels"], arguments["latent_channels"]) != (2 * latent, latent):
+        raise UserError(
+            f"diffusers' AutoencoderKL has as many latent channels as its decoder takes; this first stage has "
+            f"{arguments['latent_channels']}, its decoder takes {latent}, its encoder gives {encoder['out_channels']}"
+        )
+    with torch.device("meta"):
+        groups = groups_of(build_first_stage(arguments), "first stage")
     mult = encoder["channel_mult"]
     attended = _each(encoder.get("attention_levels") or False, len(mult))
     down = [("AttnDownEncoderBlock2D" if yes else "DownEncoderBlock2D") for yes in attended]
@@ -145,8 +190,8 @@ def first_stage_config(architecture: Architecture, statistics: dict[str, Any], s
         "down_block_types": down,
         "up_block_types": [name.replace("DownEncoder", "UpDecoder") for name in reversed(down)],
         "layers_per_block": encoder["num_res_blocks"],
-        "latent_channels": arguments["latent_channels"],
-        "norm_num_groups": groups_of(build_first_stage(arguments), "first stage"),
+        "latent_channels": latent,
+        "norm_num_groups": groups,
         "act_fn": "silu",
         "sample_size": sample_size,
         "mid_block_add_attention": encoder.get("mid_attention", True),
@@ -163,9 +208,12 @@ def first_stage_config(architecture: Architecture, statistics: dict[str, Any], s
 
 def first_stage_arguments(config: Config, origin: str) -> dict[str, Any]:
     """`Architecture.first_stage`; UserError for another class of autoencoder."""
-    name = config.get("_class_name")
-    if name not in ("AutoencoderKL", "VQModel"):
-        raise UserError(f"{origin} is a {name}; expected AutoencoderKL or VQModel")
+    with _understood(origin):
+        return _first_stage_arguments(config, origin)
+
+
+def _first_stage_arguments(config: Config, origin: str) -> dict[str, Any]:
+    refuse_others({"_class_name": None, **config}, FIRST_STAGE_ALLOWED, origin)
     widths, down = list(config["block_out_channels"]), list(config["down_block_types"])
     known = {"AttnDownEncoderBlock2D": True, "DownEncoderBlock2D": False}
     mirrored = [block.replace("DownEncoder", "UpDecoder") for block in reversed(down)]
@@ -173,7 +221,8 @@ def first_stage_arguments(config: Config, origin: str) -> dict[str, Any]:
         raise UserError(
             f"{origin} has blocks {down} and {config['up_block_types']}; expected {list(known)}, mirrored up"
         )
-    channels, is_vq = config.get("latent_channels", 4), name == "VQModel"
+    is_vq = config["_class_name"] == "VQModel"
+    channels = config.get("latent_channels", 3 if is_vq else 4)
     shared = {
         "channels": widths[0],
         "channel_mult": [width // widths[0] for width in widths],
@@ -182,16 +231,26 @@ def first_stage_arguments(config: Config, origin: str) -> dict[str, Any]:
         "attention_levels": [known[block] for block in down],
         "groups": config.get("norm_num_groups", 32),
     }
-    book = (
-        {"entries": config["num_vq_embeddings"], "channels": config.get("vq_embed_dim") or channels} if is_vq else None
-    )
+    latent = (config.get("vq_embed_dim") or channels) if is_vq else channels
+    book = {"entries": config.get("num_vq_embeddings", 256), "channels": latent} if is_vq else None
     return {
         "encoder": shared | {"in_channels": config.get("in_channels", 3), "out_channels": channels * (2 - is_vq)},
         "decoder": shared | {"in_channels": channels, "out_channels": config.get("out_channels", 3)},
         "codebook": book,
-        "latent_channels": channels,
+        "latent_channels": latent,
         "quant_conv": config.get("use_quant_conv", True) and config.get("use_post_quant_conv", True),
     }
+
+
+def statistics_of(config: Config, channels: int) -> tuple[Tensor, Tensor]:
+    """(mean, std) of the raw latents, [C] each float32: diffusers gives its UNets (raw - mean) scaling_factor / std.
+
+    Without a scaling_factor it is diffusers' own, as in the folders of SD 1.
+    """
+    factor = float(config.get("scaling_factor") or SD_FACTOR)
+    mean = config.get("latents_mean") or [float(config.get("shift_factor") or 0.0)] * channels
+    std = torch.tensor(config.get("latents_std") or [1.0] * channels, dtype=torch.float64)
+    return torch.tensor(mean), (std / factor).float()
 
 
 # -------------------------------------------------------------------------------------------------- schedule
@@ -226,14 +285,19 @@ def scheduler_config(architecture: Architecture) -> dict[str, Any]:
 
 def schedule_of(config: Config, origin: str) -> tuple[dict[str, Any], str]:
     """(`Architecture.schedule`, prediction) of a scheduler_config.json."""
+    if not {"beta_schedule", "beta_start", "beta_end"} <= config.keys():
+        raise UserError(
+            f"{origin} has a {config.get('_class_name')} without beta_schedule, beta_start and beta_end (EDM, flow "
+            f"matching?); known here are {', '.join(SCHEDULES.values())} with both ends"
+        )
     kinds = {theirs: ours for ours, theirs in SCHEDULES.items()}
     predictions = {theirs: ours for ours, theirs in PREDICTIONS.items()}
-    kind, prediction = config.get("beta_schedule", "linear"), config.get("prediction_type", "epsilon")
+    kind, prediction = config["beta_schedule"], config.get("prediction_type", "epsilon")
     if kind not in kinds or prediction not in predictions or config.get("trained_betas") is not None:
         raise UserError(
             f"{origin} has beta_schedule {kind!r}, prediction_type {prediction!r}, which are not known here"
         )
-    ends = {"beta_start": config.get("beta_start", 1e-4), "beta_end": config.get("beta_end", 0.02)}
+    ends = {"beta_start": config["beta_start"], "beta_end": config["beta_end"]}
     schedule = {"kind": kinds[kind], **ends, "steps": config.get("num_train_timesteps", 1000)}
     if not config.get("rescale_betas_zero_snr"):
         return schedule, predictions[prediction]
@@ -248,10 +312,20 @@ def schedule_of(config: Config, origin: str) -> tuple[dict[str, Any], str]:
 def refuse_others(config: Config, allowed: Mapping[str, tuple[Any, ...]], origin: str) -> None:
     """UserError where a configuration has a value that is not among the allowed ones."""
     for name, values in allowed.items():
-        if name in config and config[name] not in values:
+        if name in config and any(value not in values for value in _each(config[name], 1)):
             raise UserError(
                 f"{origin}: {name}={config[name]!r} is not known here (known: {', '.join(map(str, values))})"
             )
+
+
+@contextmanager
+def _understood(origin: str) -> Iterator[None]:
+    """UserError where a configuration lacks what it is read for, or has something else there."""
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError, ZeroDivisionError, IndexError) as error:
+        told = f"it has no {error}" if isinstance(error, KeyError) else str(error)
+        raise UserError(f"{origin} is not readable as diffusers writes it: {told}") from error
 
 
 def _each(value: Any, count: int) -> list[Any]:

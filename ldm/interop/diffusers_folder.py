@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldm.checkpoint import load_tensors, load_torch, save_tensors, write_folder
+from ldm.checkpoint import write_folder
 from ldm.conditioning.text import clip_text_from_config
 from ldm.errors import UserError
 from ldm.interop import diffusers_config as configs
@@ -19,12 +19,15 @@ from ldm.interop.names import (
     text_to_transformers,
     unet_to_diffusers,
 )
+from ldm.interop.own_folder import tokenizer_files
 from ldm.interop.package import (
     Architecture,
     Package,
     Text,
     Tokenizer,
+    is_masked,
     made,
+    require_fitting,
     shapes_of_first_stage,
     shapes_of_network,
     shapes_of_text,
@@ -32,12 +35,23 @@ from ldm.interop.package import (
 )
 from ldm.interop.single_file import SCORE, SIZES, TARGET, places
 from ldm.interop.statistics import folded, noted, scale_factor, unfolded
+from ldm.interop.weight_files import (
+    MODEL_FILE,
+    TEXT_FILE,
+    SHARD_bytes,
+    has_raw,
+    read_file,
+    read_json,
+    read_weights,
+    write_json,
+    write_weights,
+)
 from ldm.networks.unet import UNet
 
 VERSION = "0.38.0"  # of diffusers, whose layout this is
-SHARD_bytes = 5_000_000_000
-PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline")
-UNET_FILE, TEXT_FILE = "diffusion_pytorch_model", "model"
+SD, XL = "StableDiffusion", "StableDiffusionXL"
+PIPELINES = tuple(f"{family}{use}Pipeline" for family in (SD, XL) for use in ("", "Img2Img", "Inpaint"))
+"""Those whose parts are a model as it is known here; others have more parts, or use these in another way."""
 
 # ---------------------------------------------------------------------------------------------------- writing
 
@@ -54,15 +68,15 @@ def write_diffusers(package: Package, path: Path, shard_bytes: int = SHARD_bytes
     with write_folder(path) as building:
         for folder in ("scheduler", "unet", "vae"):
             (building / folder).mkdir()
-        _write_json(building / "model_index.json", index)
-        _write_json(building / "scheduler" / "scheduler_config.json", {**scheduler, "_diffusers_version": VERSION})
+        write_json(building / "model_index.json", index)
+        write_json(building / "scheduler" / "scheduler_config.json", {**scheduler, "_diffusers_version": VERSION})
         factor = _write_first_stage(package, building / "vae", shard_bytes)
         with torch.device("meta"):
             unet = UNet(**architecture.network)
         config = configs.unet_config(architecture, unet, max(architecture.size) // factor)
-        _write_json(building / "unet" / "config.json", {**config, "_diffusers_version": VERSION})
+        write_json(building / "unet" / "config.json", {**config, "_diffusers_version": VERSION})
         tensors = made(package.part("denoiser.network."), unet_to_diffusers(shapes_of_network(architecture)))
-        _write_weights(building / "unet", UNET_FILE, tensors, shard_bytes)
+        write_weights(building / "unet", MODEL_FILE, tensors, shard_bytes)
         for i, (text, suffix) in enumerate(zip(architecture.texts, _suffixes(architecture), strict=True)):
             _write_text(
                 building / f"text_encoder{suffix}", package.part(architecture.text_prefix(i)), text, shard_bytes
@@ -82,6 +96,12 @@ def _suffixes(architecture: Architecture) -> list[str]:
 
 def _index(architecture: Architecture) -> dict[str, Any]:
     places(architecture)  # refuses what no pipeline has
+    if architecture.first_stage["codebook"]:
+        raise UserError(
+            "diffusers' Stable Diffusion pipelines decode with an AutoencoderKL; this model's first stage has a "
+            "codebook: give --to single_file, or convert the first stage alone, which is a VQModel there"
+        )
+    base = len(architecture.texts) == 2
     parts: dict[str, Any] = {
         "scheduler": ["diffusers", "DDIMScheduler"],
         "unet": ["diffusers", "UNet2DConditionModel"],
@@ -90,12 +110,12 @@ def _index(architecture: Architecture) -> dict[str, Any]:
         "image_encoder": [None, None],
     }
     if not architecture.numbers:
-        name = PIPELINES[0]
+        name = f"{SD}{'Inpaint' if architecture.masked else ''}Pipeline"
         parts |= {"safety_checker": [None, None], "requires_safety_checker": False}
         parts |= {"text_encoder": ["transformers", "CLIPTextModel"], "tokenizer": ["transformers", "CLIPTokenizer"]}
     else:
-        base = len(architecture.texts) == 2
-        name = PIPELINES[1] if base else PIPELINES[2]
+        use = "Inpaint" if architecture.masked else "" if base else "Img2Img"
+        name = f"{XL}{use}Pipeline"
         first = (["transformers", "CLIPTextModel"], ["transformers", "CLIPTokenizer"]) if base else ([None] * 2,) * 2
         parts |= {"text_encoder": first[0], "tokenizer": first[1]}
         parts |= {"text_encoder_2": ["transformers", "CLIPTextModelWithProjection"]}
@@ -112,7 +132,7 @@ def _write_first_stage(package: Package, folder: Path, shard_bytes: int) -> int:
     architecture, state = package.architecture, package.part("first_stage.")
     own = scale_factor(state["latent_mean"], state["latent_std"])
     metadata: dict[str, str] = {}
-    statistics: dict[str, Any] = {"scaling_factor": own or 1.0}
+    statistics: dict[str, Any] = {"scaling_factor": own or 1.0} if package.latents_told else {}
     if own is None and architecture.network is not None:  # the pipelines ask for one factor alone
         metadata = noted(state)
         state = folded(state, 1.0)
@@ -120,9 +140,9 @@ def _write_first_stage(package: Package, folder: Path, shard_bytes: int) -> int:
         statistics |= {"latents_mean": state["latent_mean"].tolist(), "latents_std": state["latent_std"].tolist()}
     factor: int = 2 ** (len(architecture.first_stage["encoder"]["channel_mult"]) - 1)
     config = configs.first_stage_config(architecture, statistics, max(architecture.size))
-    _write_json(folder / "config.json", {**config, "_diffusers_version": VERSION})
+    write_json(folder / "config.json", {**config, "_diffusers_version": VERSION})
     tensors = made(state, first_stage_to_diffusers(shapes_of_first_stage(architecture)))
-    _write_weights(folder, UNET_FILE, tensors, shard_bytes, metadata)
+    write_weights(folder, MODEL_FILE, tensors, shard_bytes, metadata)
     return factor
 
 
@@ -136,38 +156,7 @@ def _write_text(folder: Path, state: Mapping[str, Tensor], text: Text, shard_byt
     config.architectures = [name]
     folder.mkdir()
     config.save_pretrained(folder)
-    _write_weights(folder, TEXT_FILE, made(state, text_to_transformers(shapes_of_text(text), text.prefix)), shard_bytes)
-
-
-def _write_weights(
-    folder: Path, name: str, tensors: dict[str, Tensor], shard_bytes: int, metadata: Mapping[str, str] | None = None
-) -> None:
-    """One safetensors file, or several with an index where they are larger than `shard_bytes` together."""
-    told = {"format": "pt", **(metadata or {})}
-    shards: list[dict[str, Tensor]] = [{}]
-    filled = 0
-    for key, tensor in tensors.items():
-        size = tensor.numel() * tensor.element_size()
-        if shards[-1] and filled + size > shard_bytes:
-            shards.append({})
-            filled = 0
-        shards[-1][key] = tensor
-        filled += size
-    if len(shards) == 1:
-        save_tensors(folder / f"{name}.safetensors", shards[0], told)
-        return
-    files = [f"{name}-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
-    for file, shard in zip(files, shards, strict=True):
-        save_tensors(folder / file, shard, told)
-    total = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-    weight_map = {key: file for file, shard in zip(files, shards, strict=True) for key in shard}
-    _write_json(
-        folder / f"{name}.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map}
-    )
-
-
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(dict(value), indent=2, sort_keys=True) + "\n")
+    write_weights(folder, TEXT_FILE, made(state, text_to_transformers(shapes_of_text(text), text.prefix)), shard_bytes)
 
 
 # ---------------------------------------------------------------------------------------------------- reading
@@ -178,21 +167,23 @@ def is_diffusers(path: Path) -> bool:
     return (path / "model_index.json").is_file() or (path / "config.json").is_file()
 
 
-def read_diffusers(path: Path) -> Package:
-    """The model in a diffusers folder; UserError where a part is missing, or of a kind that is not known here."""
+def read_diffusers(path: Path, raw: bool = False) -> Package:
+    """The model in a diffusers folder, with `raw` weights where it has such beside the averaged ones.
+
+    UserError where a part is missing, or of a kind that is not known here.
+    """
     if not (path / "model_index.json").is_file():
-        config = _read_json(path / "config.json")
+        config = read_json(path / "config.json")
         if config.get("_class_name") in ("AutoencoderKL", "VQModel"):
             return _read_first_stage(path)
-        raise UserError(
-            f"{path} holds a {config.get('_class_name') or 'model'} alone; give the whole pipeline's folder"
-        )
-    index = _read_json(path / "model_index.json")
+        what = config.get("_class_name") or ", ".join(config.get("architectures") or ["model"])
+        raise UserError(f"{path} holds a {what} alone; give the whole pipeline's folder")
+    index = _read_index(path)
     vae = _read_first_stage(path / "vae")
     origin = path / "unet"
-    config = _read_json(origin / "config.json")
+    config = read_json(origin / "config.json")
     network = configs.network_arguments(config, str(origin / "config.json"))
-    schedule, prediction = configs.schedule_of(_read_json(path / "scheduler" / "scheduler_config.json"), str(path))
+    schedule, prediction = configs.schedule_of(read_json(path / "scheduler" / "scheduler_config.json"), str(path))
     suffixes = [suffix for suffix in ("", "_2") if (index.get(f"text_encoder{suffix}") or [None])[0] is not None]
     sdxl = network["vector_dim"] is not None
     if not suffixes or (not sdxl and suffixes != [""]):
@@ -203,55 +194,81 @@ def read_diffusers(path: Path) -> Package:
     channels = config.get("addition_time_embed_dim") or 256
     numbers = (*SIZES, SCORE if len(suffixes) == 1 else TARGET) if sdxl else ()
     factor = 2 ** (len(vae.architecture.first_stage["encoder"]["channel_mult"]) - 1)
-    side = int(config.get("sample_size") or 64) * factor
-    numbers = tuple(_number(number, channels, side) for number in numbers)
-    texts = []
+    size = configs.size_of(config, factor)
+    numbers = tuple(_number(number, channels, size) for number in numbers)
+    texts, towers = [], []
     for suffix, tokenizer in zip(suffixes, tokenizers, strict=True):
-        zeros = bool(index.get("force_zeros_for_empty_prompt", True)) and len(suffixes) == 2
-        texts.append(_text(path / f"text_encoder{suffix}", tokenizer, sdxl, suffix == "_2", zeros))
-    architecture = Architecture(
-        vae.architecture.first_stage, network, tuple(texts), numbers, schedule, prediction, (side, side)
-    )
-    shapes = shapes_of_network(architecture)
-    unet = taken(_read_weights(origin, UNET_FILE)[0], unet_to_diffusers(shapes), shapes, str(origin))
-    state = {f"denoiser.network.{name}": tensor for name, tensor in unet.items()} | vae.state
-    for i, (suffix, text) in enumerate(zip(suffixes, texts, strict=True)):
         folder = path / f"text_encoder{suffix}"
-        given = {n: t for n, t in _read_weights(folder, TEXT_FILE)[0].items() if not n.endswith("position_ids")}
+        zeros = bool(index.get("force_zeros_for_empty_prompt", True)) and len(suffixes) == 2
+        given = read_weights(folder, TEXT_FILE)[0]
+        towers.append({name: t for name, t in given.items() if not name.endswith("position_ids")})
+        texts.append(_text(folder, towers[-1], tokenizer, sdxl, suffix == "_2", zeros))
+    first_stage = vae.architecture.first_stage
+    masked = is_masked(first_stage, network)
+    architecture = Architecture(first_stage, network, tuple(texts), numbers, schedule, prediction, size, masked)
+    require_fitting(architecture, str(path))
+    shapes = shapes_of_network(architecture)
+    unet = taken(read_weights(origin, MODEL_FILE, raw)[0], unet_to_diffusers(shapes), shapes, str(origin))
+    state = {f"denoiser.network.{name}": tensor for name, tensor in unet.items()} | vae.state
+    for i, (text, tower) in enumerate(zip(texts, towers, strict=True)):
         own = shapes_of_text(text)
-        found = taken(given, text_to_transformers(own, text.prefix), own, str(folder))
+        found = taken(tower, text_to_transformers(own, text.prefix), own, str(path / f"text_encoder{suffixes[i]}"))
         state |= {architecture.text_prefix(i) + name: tensor for name, tensor in found.items()}
-    return Package(architecture, state, tokenizers)
+    return Package(architecture, state, tokenizers, averaged=has_raw(origin, MODEL_FILE) and not raw)
 
 
-def _number(arguments: Mapping[str, Any], channels: int, side: int) -> dict[str, Any]:
+def _read_index(path: Path) -> dict[str, Any]:
+    """model_index.json; UserError for a pipeline with other parts than a model here."""
+    index = read_json(path / "model_index.json")
+    name = index.get("_class_name")
+    if name not in PIPELINES:
+        raise UserError(
+            f"{path} is the folder of a {name}, which has other parts than a model here, or uses them in another way; "
+            f"expected {', '.join(PIPELINES)}"
+        )
+    return index
+
+
+def _number(arguments: Mapping[str, Any], channels: int, size: tuple[int, int]) -> dict[str, Any]:
     """A MicroConditioner's arguments at this model's native size and features per number."""
-    default = [side, side] if arguments["field"].endswith("_size") else arguments["default"]
+    default = list(size) if arguments["field"].endswith("_size") else arguments["default"]
     return {**arguments, "default": default, **({} if channels == 256 else {"channels": channels})}
 
 
-def _read_first_stage(folder: Path) -> Package:
-    config = _read_json(folder / "config.json")
+def is_first_stage_file(path: Path) -> bool:
+    """Whether a file is the weights of an autoencoder's folder, which says what it is."""
+    beside = path.parent / "config.json"
+    own = path.name.startswith(MODEL_FILE) and "-of-" not in path.name and beside.is_file()
+    return own and read_json(beside).get("_class_name") in ("AutoencoderKL", "VQModel")
+
+
+def read_first_stage_file(path: Path) -> Package:
+    """The first stage in such a file."""
+    return _read_first_stage(path.parent, path)
+
+
+def _read_first_stage(folder: Path, file: Path | None = None) -> Package:
+    """The autoencoder in a folder, of its weights' files the given one."""
+    config = read_json(folder / "config.json")
     architecture = Architecture(configs.first_stage_arguments(config, str(folder / "config.json")))
-    tensors, metadata = _read_weights(folder, UNET_FILE)
+    tensors, metadata = read_weights(folder, MODEL_FILE) if file is None else read_file(file)
     names = renamed(tensors, OLD_ATTENTION)
     shapes = shapes_of_first_stage(architecture)
     given = {names[name]: tensor for name, tensor in tensors.items()}
     state = taken(given, first_stage_to_diffusers(shapes), shapes, str(folder))
-    factor = float(config.get("scaling_factor") or 1.0)
-    channels = architecture.first_stage["latent_channels"]
-    mean, std = config.get("latents_mean"), config.get("latents_std")
-    state |= {
-        "latent_mean": torch.tensor(mean) if mean else torch.zeros(channels),
-        "latent_std": (torch.tensor(std or [1.0] * channels, dtype=torch.float64) / factor).float(),
-    }
+    mean, std = configs.statistics_of(config, architecture.first_stage["latent_channels"])
+    state |= {"latent_mean": mean, "latent_std": std}
     state = unfolded(state, metadata, 1.0)
     return Package(architecture, {f"first_stage.{name}": tensor for name, tensor in state.items()})
 
 
-def _text(folder: Path, tokenizer: Tokenizer, sdxl: bool, projected: bool, empty_as_zero: bool) -> Text:
-    config = _read_json(folder / "config.json")
+def _text(
+    folder: Path, tower: Mapping[str, Tensor], tokenizer: Tokenizer, sdxl: bool, projected: bool, empty_as_zero: bool
+) -> Text:
+    """The text encoder whose weights are in `tower`, and what a pipeline takes of it."""
+    config = read_json(folder / "config.json")
     config = config.get("text_config", config)
+    configs.refuse_others(config, configs.TEXT_ALLOWED, str(folder / "config.json"))
     vocab = config.get("vocab_size", 49408)
     arguments = {
         "hidden_size": config.get("hidden_size", 512),
@@ -266,7 +283,6 @@ def _text(folder: Path, tokenizer: Tokenizer, sdxl: bool, projected: bool, empty
         "pad": config.get("pad_token_id", vocab - 1),
     }
     told = json.loads(tokenizer.get("tokenizer_config.json", "{}"))
-    names = _tensor_names(folder, TEXT_FILE)
     return Text(
         arguments,
         config.get("projection_dim", 512) if projected else None,
@@ -275,55 +291,15 @@ def _text(folder: Path, tokenizer: Tokenizer, sdxl: bool, projected: bool, empty
         pooled=projected,
         max_length=min(int(told.get("model_max_length", 77)), arguments["max_position"]),
         empty_as_zero=empty_as_zero,
-        prefix="text_model." if any(name.startswith("text_model.") for name in names) else "",
+        prefix="text_model." if any(name.startswith("text_model.") for name in tower) else "",
     )
 
 
-def _tensor_names(folder: Path, name: str) -> list[str]:
-    return list(_read_weights(folder, name)[0])
-
-
 def _read_tokenizer(folder: Path) -> Tokenizer:
-    if not folder.is_dir():
-        raise UserError(f"{folder} is missing: the model's folder is not whole")
-    return {path.name: path.read_text() for path in sorted(folder.iterdir()) if path.suffix in (".json", ".txt")}
-
-
-def _read_weights(folder: Path, name: str) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors of a part, from one file, several with an index, an fp16 variant, or an old .bin."""
-    for stem in (name, f"{name}.fp16"):
-        index = folder / f"{name}.safetensors.index{stem.removeprefix(name)}.json"
-        if (folder / f"{stem}.safetensors").is_file():
-            return load_tensors(folder / f"{stem}.safetensors")
-        if index.is_file():
-            return _read_shards(folder, index)
-    old = folder / ("pytorch_model.bin" if name == TEXT_FILE else f"{name}.bin")
-    if old.is_file():
-        return load_torch(old), {}
-    raise UserError(f"{folder} has no weights: expected {name}.safetensors, or its parts with an index")
-
-
-def _read_shards(folder: Path, index: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    files = _read_json(index)["weight_map"]
-    missing = sorted({file for file in files.values() if not (folder / file).is_file()})
-    if missing:
-        raise UserError(f"{folder} is not whole: {', '.join(missing)} is missing; copy the folder again")
-    tensors: dict[str, Tensor] = {}
-    metadata: dict[str, str] = {}
-    for file in sorted(set(files.values())):
-        part, told = load_tensors(folder / file)
-        tensors |= part
-        metadata |= told
-    return tensors, metadata
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text())
-    except FileNotFoundError as error:
-        raise UserError(f"{path} is missing: the model's folder is not whole") from error
-    except ValueError as error:
-        raise UserError(f"{path} is not readable as JSON ({error})") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path} is not what diffusers writes: expected an object")
-    return value
+    """A tokenizer's files; UserError where it has no words."""
+    files = tokenizer_files(folder) if folder.is_dir() else {}
+    if "tokenizer.json" not in files and not {"vocab.json", "merges.txt"} <= files.keys():
+        raise UserError(
+            f"{folder} has no tokenizer: expected tokenizer.json, or vocab.json and merges.txt; copy the folder again"
+        )
+    return files

@@ -10,6 +10,7 @@ tokenizer/             the tokenizer, where the model has one of its own
 import json
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,11 @@ from ldm.errors import UserError
 RECORD = "model.json"
 WEIGHTS = "weights.safetensors"
 EMA_WEIGHTS = "ema.safetensors"
+CONFIG = "config.yaml"
+
+
+class NoModelError(UserError):
+    """There is no model of the wanted kind at a path."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +40,9 @@ class ModelFolder:
     @property
     def config_text(self) -> str:
         """The composed configuration, YAML."""
-        return (self.path / "config.yaml").read_text()
+        if not (self.path / CONFIG).is_file():
+            raise UserError(f"{self.path} is damaged: it has no {CONFIG}; copy it again")
+        return (self.path / CONFIG).read_text()
 
     @property
     def tokenizer(self) -> Path | None:
@@ -42,12 +50,17 @@ class ModelFolder:
         folder = self.path / "tokenizer"
         return folder if folder.is_dir() else None
 
+    @property
+    def averaged(self) -> bool:
+        """Whether averages are kept beside the raw weights."""
+        return (self.path / EMA_WEIGHTS).exists()
+
     def weights(self, which: str = "ema") -> dict[str, Tensor]:
         """The model's state by name: `ema` puts the averages in place where there are any, or `raw`."""
         if which not in ("ema", "raw"):
             raise UserError(f"weights={which}: expected ema or raw")
         state, _ = load_tensors(self.path / WEIGHTS)
-        if which == "ema" and (self.path / EMA_WEIGHTS).exists():
+        if which == "ema" and self.averaged:
             state |= load_tensors(self.path / EMA_WEIGHTS)[0]
         return state
 
@@ -75,7 +88,7 @@ def write_model_folder(
             hashes[EMA_WEIGHTS] = sha256(building / EMA_WEIGHTS)
         if tokenizer is not None:
             shutil.copytree(tokenizer, building / "tokenizer")
-        (building / "config.yaml").write_text(config_text)
+        (building / CONFIG).write_text(config_text)
         full = dict(record) | {"format": 1, "fingerprint": fingerprint(dict(state)), "sha256": hashes}
         (building / RECORD).write_text(json.dumps(full, indent=2) + "\n")
 
@@ -88,6 +101,8 @@ def open_model_folder(path: Path, kind: str | None = None) -> ModelFolder:
         raise UserError(f"{path} is no model folder: it has no {RECORD}") from error
     except ValueError as error:
         raise UserError(f"{path / RECORD} is not readable as JSON ({error})") from error
+    if not isinstance(record, dict) or not {"kind", "order", "sha256"} <= record.keys():
+        raise UserError(f"{path / RECORD} is not the record of a model folder: it needs kind, order and sha256")
     if kind is not None and record.get("kind") != kind:
         raise UserError(
             f"{path} holds a model of kind {record.get('kind')!r} (stage {record.get('stage')!r}); "
@@ -108,12 +123,38 @@ def find_model_folder(given: Path, kind: str) -> ModelFolder:
     runs = [run for run in runs if any(run.glob(f"*/model/{RECORD}"))][:1]  # itself, or the newest run in it
     found = [open_model_folder(record.parent) for run in runs for record in run.glob(f"*/model/{RECORD}")]
     found = [folder for folder in found if folder.record["kind"] == kind]
+    if given.is_file() and (given.parent / RECORD).is_file():
+        raise NoModelError(f"checkpoint={given}: it is a part of the model folder {given.parent}; give the folder")
+    if not found and (given.is_file() or (given / "model_index.json").is_file()):
+        raise NoModelError(
+            f"checkpoint={given}: it is a model of another format; convert it first (python -m ldm.interop.convert "
+            f"{given} OUT --to ldm) and give OUT"
+        )
     if not found:
-        raise UserError(
+        raise NoModelError(
             f"checkpoint={given}: no finished stage of kind {kind!r} in it; give the folder of a run that has one "
             "(outputs/NAME/TIME), one of its stages, or a model folder"
         )
     return max(found, key=lambda folder: folder.record["order"])
+
+
+def find_any_model_folder(given: Path) -> ModelFolder:
+    """The model folder meant by a path: of a run, its last diffusion model, else its first stage.
+
+    UserError where there is neither.
+    """
+    for candidate in (given, given / "model"):
+        if (candidate / RECORD).exists():
+            return open_model_folder(candidate)
+    for kind in ("diffusion", "first_stage"):
+        with suppress(NoModelError):
+            return find_model_folder(given, kind)
+    step = " It is a checkpoint to resume from, which leaves out what is frozen: give the finished stage's folder."
+    raise UserError(
+        f"{given} holds no model that is known here: no model_index.json or config.json (diffusers), no model.json "
+        "(a model folder of this project), and no finished stage (a run). Of a folder with a single file in it give "
+        f"the file.{step if (given / 'checkpoint.json').is_file() else ''}"
+    )
 
 
 def stage_records(run: Path) -> list[dict[str, Any]]:

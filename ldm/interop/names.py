@@ -93,10 +93,24 @@ FIRST_STAGE: Rules = [
     (r"\.(norm|conv)_(\d)\.", r".\1\2."),
 ]
 OLD_ATTENTION: Rules = [  # the first stage's attention in diffusers before 0.18, as in Stable Diffusion 1.5's folder
-    (r"(\.mid_block\.attentions\.0)\.query\.", r"\1.to_q."),
-    (r"(\.mid_block\.attentions\.0)\.key\.", r"\1.to_k."),
-    (r"(\.mid_block\.attentions\.0)\.value\.", r"\1.to_v."),
-    (r"(\.mid_block\.attentions\.0)\.proj_attn\.", r"\1.to_out.0."),
+    (r"(\.attentions\.\d+)\.query\.", r"\1.to_q."),
+    (r"(\.attentions\.\d+)\.key\.", r"\1.to_k."),
+    (r"(\.attentions\.\d+)\.value\.", r"\1.to_v."),
+    (r"(\.attentions\.\d+)\.proj_attn\.", r"\1.to_out.0."),
+]
+COMPVIS_OF_DIFFUSERS: Rules = [  # a first stage's file in diffusers' names, without the folder that says what it is
+    *OLD_ATTENTION,
+    (r"\.(down|up)_blocks\.(\d+)\.resnets\.", r".\1.\2.block."),
+    (r"\.(down|up)_blocks\.(\d+)\.attentions\.", r".\1.\2.attn."),
+    (r"\.(down|up)_blocks\.(\d+)\.\1samplers\.0\.", r".\1.\2.\1sample."),
+    (r"\.mid_block\.resnets\.0\.", ".mid.block_1."),
+    (r"\.mid_block\.resnets\.1\.", ".mid.block_2."),
+    (r"\.mid_block\.attentions\.0\.", ".mid.attn_1."),
+    (r"(\.attn[._]\d+)\.group_norm\.", r"\1.norm."),
+    (r"(\.attn[._]\d+)\.to_(q|k|v)\.", r"\1.\2."),
+    (r"(\.attn[._]\d+)\.to_out\.0\.", r"\1.proj_out."),
+    (r"\.conv_norm_out\.", ".norm_out."),
+    (r"\.conv_shortcut\.", ".nin_shortcut."),
 ]
 PIXEL_ATTENTION = re.compile(r"attention(_\d+)?\.to_(q|k|v|out)\.weight$")
 
@@ -221,6 +235,18 @@ def first_stage_to_compvis(names: Iterable[str]) -> list[Piece]:
 
     theirs = renamed(names, COMPVIS_FIRST_STAGE)
     return [Piece(re.sub(r"^decoder\.up\.(\d+)\.", turned, other), (name,)) for name, other in theirs.items()]
+
+
+def first_stage_as_compvis(names: Iterable[str]) -> dict[str, str]:
+    """A first stage's diffusers names -> CompVis' (its decoder counts its levels the other way); others stay."""
+    names = list(names)
+    levels = 1 + max((int(m[1]) for name in names if (m := re.match(r"decoder\.up_blocks\.(\d+)\.", name))), default=-1)
+
+    def turned(match: re.Match[str]) -> str:
+        return f"decoder.up.{levels - 1 - int(match[1])}."
+
+    theirs = renamed(names, COMPVIS_OF_DIFFUSERS)
+    return {n: re.sub(r"^decoder\.up\.(\d+)\.", turned, other) if levels else n for n, other in theirs.items()}
 
 
 OPEN_CLIP: Rules = [

@@ -14,10 +14,11 @@ from torch import Tensor
 from ldm.conditioning.text import TextConditioner, clip_text_for, tokenizer_from_pretrained
 from ldm.errors import UserError
 from ldm.interop.model_folder import ModelFolder, write_model_folder
-from ldm.interop.package import Architecture, Package, Text, Tokenizer
+from ldm.interop.package import Architecture, Package, Text, Tokenizer, require_fitting
 
 Node = dict[str, Any]
 TEXT, NUMBERS = "ldm.conditioning.text.TextConditioner", "ldm.conditioning.micro.MicroConditioner"
+MASKED = "ldm.conditioning.image.MaskedImage"
 COMPOSE, UNET = "ldm.conditioning.compose.Compose", "ldm.networks.unet.UNet"
 TRAINING = {"_target_", "dropout", "gradient_checkpointing", "zero_branches"}  # of no meaning to a trained network
 TOKENIZER = "tokenizer"  # the converted folder's tokenizer_path, which the loader replaces by the folder's place
@@ -29,44 +30,55 @@ HEAD_channels = 64
 
 def package_of(folder: ModelFolder, weights: str = "ema") -> Package:
     """The model in one of our folders; UserError for parts that no other tool has."""
-    config = yaml.safe_load(folder.config_text)
-    first_stage = _first_stage_arguments(config["first_stage"])
-    state = folder.weights(weights)
+    try:
+        config = yaml.safe_load(folder.config_text)
+        return _package_of(folder, config, weights)
+    except (yaml.YAMLError, KeyError, TypeError) as error:
+        raise UserError(f"{folder.path} is damaged: its config.yaml is not the one of a model ({error!r})") from error
+
+
+def _package_of(folder: ModelFolder, config: Node, weights: str) -> Package:
+    state, averaged = folder.weights(weights), weights == "ema" and folder.averaged
     if folder.record["kind"] == "first_stage":
-        return Package(Architecture(first_stage), {f"first_stage.{name}": tensor for name, tensor in state.items()})
+        known = Architecture(_first_stage_arguments(config["first_stage"]))
+        state = {f"first_stage.{name}": tensor for name, tensor in state.items()}
+        return Package(known, state, averaged=averaged)
     parts: Node = config["tasks"]["diffusion"]["latent_diffusion"]
     denoiser, conditioner = parts["denoiser"], parts["conditioner"]
-    first_stage = _first_stage_arguments(parts["first_stage"])
     _expect(denoiser["network"], UNET)
-    network = {name: value for name, value in denoiser["network"].items() if name not in TRAINING}
     nodes = [conditioner]
     if conditioner["_target_"] == COMPOSE:
         nodes = list(conditioner["conditioners"])
     texts: list[Text] = []
     tokenizers: list[Tokenizer] = []
     numbers: list[Node] = []
+    masked = False
     for i, node in enumerate(nodes):
         prefix = "conditioner." if nodes == [conditioner] else f"conditioner.conditioners.{i}."
         if node["_target_"] == TEXT:
-            if numbers:
-                raise UserError("the text encoders have to stand before the numbers in conditioner.conditioners")
+            if i != len(texts):
+                raise UserError("the text encoders have to stand before the others in conditioner.conditioners")
             part = {name[len(prefix) :]: tensor for name, tensor in state.items() if name.startswith(prefix)}
             texts.append(_text(node, part))
             tokenizers.append(_tokenizer(node["tokenizer"], str(config.get("tokenizer_path")), folder))
+        elif node["_target_"] == MASKED and node.get("mask_first", True) and texts:
+            masked = True
         else:
             _expect(node, NUMBERS)
             numbers.append({name: value for name, value in node.items() if name != "_target_" and value is not None})
     size = config["data"]["size"]
     architecture = Architecture(
-        first_stage,
-        network,
+        _first_stage_arguments(parts["first_stage"]),
+        {name: value for name, value in denoiser["network"].items() if name not in TRAINING},
         tuple(texts),
         tuple(numbers),
         _schedule(denoiser["schedule"]),
         denoiser["prediction"]["_target_"].rsplit(".", 1)[-1],
         (size, size) if isinstance(size, int) else (int(size[0]), int(size[1])),
+        masked,
     )
-    return Package(architecture, state, tokenizers)
+    require_fitting(architecture, str(folder.path))
+    return Package(architecture, state, tokenizers, averaged=averaged)
 
 
 def _schedule(node: Node) -> Node:
@@ -146,9 +158,26 @@ def tokenizer_files(folder: Path) -> Tokenizer:
     return {path.name: path.read_text() for path in sorted(folder.iterdir()) if path.suffix in (".json", ".txt")}
 
 
-def load_tokenizer(name_or_path: str, subfolder: str = "", pad: str | None = None) -> Tokenizer:
-    """A tokenizer's files, from a folder or of a hub name; `pad` is another padding token."""
+def vocabulary(files: Tokenizer) -> dict[str, int]:
+    """The numbers of a tokenizer's tokens, those aside that were added to it."""
+    if "vocab.json" in files:
+        return dict(json.loads(files["vocab.json"]))
+    return dict(json.loads(files["tokenizer.json"])["model"]["vocab"])
+
+
+def load_tokenizer(
+    name_or_path: str, subfolder: str = "", pad: str | None = None, most: int | None = None
+) -> Tokenizer:
+    """A tokenizer's files, from a folder or of a hub name; `pad` is another padding token.
+
+    UserError where it has more than `most` tokens, those that a text encoder knows.
+    """
     tokenizer = tokenizer_from_pretrained(name_or_path, subfolder)
+    if most is not None and len(tokenizer) > most:
+        raise UserError(
+            f"the tokenizer {name_or_path} has {len(tokenizer)} tokens, the text encoder knows {most}: they are not of "
+            "one model; give --tokenizer FOLDER"
+        )
     if pad is not None:
         tokenizer.pad_token = pad
     with tempfile.TemporaryDirectory() as folder:
@@ -248,4 +277,5 @@ def _conditioner_node(architecture: Architecture) -> Node:
             node["projection"] = {"_target_": "ldm.conditioning.text.clip_projection", **projection}
         nodes.append(node)
     nodes += [{"_target_": NUMBERS, **numbers} for numbers in architecture.numbers]
+    nodes += [{"_target_": MASKED, "mask_first": True}] if architecture.masked else []
     return nodes[0] if len(nodes) == 1 else {"_target_": COMPOSE, "conditioners": nodes}

@@ -39,6 +39,11 @@ class Text:
     empty_as_zero: bool = False
     prefix: str = "text_model."
 
+    @property
+    def vocab(self) -> int:
+        """How many tokens it knows."""
+        return int(self.config["vocab"])
+
 
 @dataclass(frozen=True)
 class Architecture:
@@ -53,6 +58,7 @@ class Architecture:
                  `schedule`, the one that it rescales, in the same form
     prediction   the class's name
     size         [height, width] in pixels that it was last trained at
+    masked       whether a mask and the masked picture's latents stand beside the latent (Stable Diffusion's inpainting)
     """
 
     first_stage: dict[str, Any]
@@ -62,6 +68,7 @@ class Architecture:
     schedule: dict[str, Any] = field(default_factory=dict)
     prediction: str = "Epsilon"
     size: tuple[int, int] = (512, 512)
+    masked: bool = False
 
     def plain(self) -> dict[str, Any]:
         """Plain values that JSON can hold."""
@@ -81,17 +88,25 @@ class Architecture:
 
     def text_prefix(self, i: int) -> str:
         """What stands before text encoder i's names in our state."""
-        alone = len(self.texts) == 1 and not self.numbers
+        alone = len(self.texts) == 1 and not self.numbers and not self.masked
         return "conditioner." if alone else f"conditioner.conditioners.{i}."
 
 
 @dataclass
 class Package:
-    """A model on its way: architecture, weights by our names, and its tokenizers, one per text encoder."""
+    """A model on its way: architecture, weights by our names, and its tokenizers, one per text encoder.
+
+    latents_told   whether its source says what its latents are normalised by; else mean 0 and std 1 stand there
+    averaged       whether its weights are averages that were chosen from two kinds
+    notes          what its source does not tell and was assumed, a sentence each
+    """
 
     architecture: Architecture
     state: dict[str, Tensor]
     tokenizers: list[Tokenizer] = field(default_factory=list)
+    latents_told: bool = True
+    averaged: bool = False
+    notes: list[str] = field(default_factory=list)
 
     @property
     def kind(self) -> str:
@@ -105,6 +120,57 @@ class Package:
     def with_state(self, state: dict[str, Tensor]) -> "Package":
         """The same model with other weights."""
         return replace(self, state=state)
+
+
+# ------------------------------------------------------------------------------------------ what fits together
+
+
+def is_masked(first_stage: Mapping[str, Any], network: Mapping[str, Any]) -> bool:
+    """Whether the UNet takes the mask and the masked picture's latents beside the latent."""
+    return bool(network["in_channels"] == 2 * first_stage["latent_channels"] + 1)
+
+
+def require_fitting(architecture: Architecture, origin: str) -> None:
+    """UserError where the UNet's widths are not those of the latents and conditions that stand beside it."""
+    network = architecture.network
+    if network is None:
+        return
+    latent = architecture.first_stage["latent_channels"]
+    ins, outs = network["in_channels"], network["out_channels"]
+    if (ins, outs) != (latent * 2 + 1 if architecture.masked else latent, latent):
+        raise UserError(
+            f"the UNet in {origin} takes {ins} channels and gives {outs}, beside a first stage of {latent}: known here "
+            f"are {latent}, and {2 * latent + 1} for inpainting (upscalers, depth and editing models take other "
+            "pictures)"
+        )
+    tokens = sum(text.config["hidden_size"] for text in architecture.texts)
+    vector = sum(text.projection_dim or text.config["hidden_size"] for text in architecture.texts if text.pooled)
+    vector += sum(len(part["default"]) * part.get("channels", 256) for part in architecture.numbers)
+    for what, given, own in (
+        ("tokens of width", tokens, network["context_dim"]),
+        ("a vector of width", vector, network["vector_dim"]),
+    ):
+        if given != (own or 0):
+            raise UserError(
+                f"the UNet in {origin} takes {what} {own or 0}, the conditions beside it give {given}: "
+                "they are not of one model, or of a kind that is not known here"
+            )
+
+
+def require_finite(package: Package, origin: str) -> None:
+    """UserError that names the weights that hold NaN or infinities."""
+    wrong = [name for name, t in package.state.items() if t.is_floating_point() and not _is_finite(t)]
+    if wrong:
+        more = f" and {len(wrong) - SHOWN} more" if len(wrong) > SHOWN else ""
+        raise UserError(
+            f"the weights in {origin} are damaged, there are NaN or infinities in {', '.join(wrong[:SHOWN])}{more}; "
+            "download or train them again"
+        )
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    wide = tensor if tensor.element_size() > 1 else tensor.to(torch.float16)  # torch does not look into 8 bits
+    return bool(wide.isfinite().all())
 
 
 # ------------------------------------------------------------------------------------------- without memory

@@ -1,6 +1,7 @@
 """What a single file holds, from its tensors' names and shapes."""
 
 import re
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,23 +12,49 @@ from ldm.interop.package import Text, one_or_each
 
 State = Mapping[str, Tensor]
 HEAD_channels = 64  # SD 2's, SDXL's and every CLIP's
-ADAPTERS = re.compile(r"(\.|_)lora(\.|_|[AB]\b)|^lora_|\.lora_[AB]\.|\.hada_w|\.lokr_|_lora\.")
-CONTROL = re.compile(
-    r"^control_model\.|^input_hint_block\.|controlnet_cond_embedding|zero_convs?\.|controlnet_down_blocks"
-)
+ADAPTERS = {
+    "a LoRA": r"(\.|_)lora(\.|_|[AB]\b)|^(lora|oft|lycoris)_|\.lora_[AB]\.|\.hada_w|\.lokr_|_lora\.",
+    "a ControlNet": (
+        r"^control_model\.|^input_hint_block\.|controlnet_cond_embedding|zero_convs?\.|controlnet_(down|mid)_block"
+        r"|^lora_controlnet$|^lllite_"
+    ),
+    "a textual inversion": r"^(emb_params|string_to_(param|token)|clip_[lg]|<.+>)$",
+    "a T2I-adapter": r"^(adapter\.)?body\.\d+\.",
+    "an IP-adapter": r"^(image_proj|ip_adapter)(\.|$)",
+    "motion modules": r"motion_modules\.",
+}
+PARTS = {
+    "a UNet": r"^(down_blocks|up_blocks|mid_block|input_blocks|output_blocks|middle_block)\.",
+    "a text encoder": r"^(text_model|transformer\.(resblocks|text_model)|token_embedding)\.",
+}
 UNET = "model.diffusion_model."
 FIRST_STAGE = "first_stage_model."
 
 
 def refuse_adapters(names: list[str], origin: str) -> None:
-    """UserError where these are the names of a LoRA or a ControlNet, which are parts of a model alone."""
-    for kind, pattern in (("a LoRA", ADAPTERS), ("a ControlNet", CONTROL)):
-        found = next((name for name in names if pattern.search(name)), None)
+    """UserError where these are the names of a LoRA, a ControlNet or another part that is trained on top of a model."""
+    for kind, pattern in ADAPTERS.items():
+        found = next((name for name in names if re.search(pattern, name)), None)
         if found is not None:
             raise UserError(
                 f"{origin} holds {kind} ({found}), which is trained on top of a model and is none by itself; "
                 "give the file of the model"
             )
+
+
+def unknown(names: list[str], origin: str) -> UserError:
+    """The error for a file that is neither a model nor a first stage."""
+    for kind, pattern in PARTS.items():
+        found = next((name for name in names if re.search(pattern, name)), None)
+        if found is not None:
+            return UserError(
+                f"{origin} holds {kind} alone ({found}); give the file of the whole model, or the diffusers folder "
+                "that it is a part of"
+            )
+    return UserError(
+        f"{origin} is no model that is known here: it has neither a UNet ({UNET}*) nor a first stage (encoder.*, "
+        f"decoder.*) in CompVis' or sgm's layout; its tensors begin with {', '.join(sorted(names)[:3]) or 'nothing'}"
+    )
 
 
 def network_arguments(state: State, origin: str) -> dict[str, Any]:
@@ -53,8 +80,8 @@ def _network_arguments(state: State) -> dict[str, Any]:
     attended = [level[0][1] is not None for level in levels]
     middle = _depth(state, "middle_block.1.")
     depths = [level[0][1] or (middle if i == len(levels) - 1 else 1) for i, level in enumerate(levels)]
-    attention = next(name for name in [*state, "attn2.to_k.weight"] if name.endswith("attn2.to_k.weight"))
-    projection = next(name for name in state if name.endswith(".1.proj_in.weight"))
+    contexts = Counter(t.shape[1] for name, t in state.items() if re.search(r"attn2\.to_[kv]\.weight$", name))
+    projection = next((name for name in state if name.endswith(".1.proj_in.weight")), "input_blocks.1.1.proj_in.weight")
     linear = state[projection].ndim == 2
     return {
         "in_channels": first.shape[1],
@@ -65,7 +92,7 @@ def _network_arguments(state: State) -> dict[str, Any]:
         "attention_levels": attended,
         "num_heads": None if linear else 8,
         "head_channels": HEAD_channels if linear else None,
-        "context_dim": state[attention].shape[1],
+        "context_dim": contexts.most_common(1)[0][0],  # one that is damaged is then told by its name
         "transformer_depth": one_or_each(depths),
         "linear_projections": linear,
         "vector_dim": state["label_emb.0.0.weight"].shape[1] if "label_emb.0.0.weight" in state else None,
@@ -135,6 +162,8 @@ def open_clip_text(state: State, origin: str, projected: bool, unused_layers: in
         (r"transformer\.resblocks\.(\d+)\.", "transformer.resblocks.0.mlp.c_fc.weight"),
     )
     config |= {"act": "gelu", "layers": config["layers"] - unused_layers}
+    if projected and "text_projection" not in state:
+        raise UserError(f"the text encoder in {origin} is cut or of another kind: it has no 'text_projection'")
     return Text(config, state["text_projection"].shape[1] if projected else None, **taken)
 
 

@@ -6,6 +6,7 @@ the file's metadata under `ldm` where this module wrote it; other tools do not a
 
 import json
 import re
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,15 @@ import torch
 from torch import Tensor
 
 from ldm.checkpoint import load_tensors, load_torch, save_tensors
+from ldm.diffusion.schedule import ScaledLinear
 from ldm.errors import UserError
 from ldm.interop import recognise
 from ldm.interop.names import (
     Piece,
+    Rules,
+    first_stage_as_compvis,
     first_stage_to_compvis,
+    renamed,
     text_to_open_clip,
     text_to_transformers,
     unet_to_compvis,
@@ -26,7 +31,9 @@ from ldm.interop.package import (
     Architecture,
     Package,
     Text,
+    is_masked,
     made,
+    require_fitting,
     shapes_of_first_stage,
     shapes_of_network,
     shapes_of_text,
@@ -34,6 +41,7 @@ from ldm.interop.package import (
 )
 from ldm.interop.recognise import FIRST_STAGE, UNET
 from ldm.interop.statistics import folded, is_std_of, noted, unfolded
+from ldm.interop.weight_files import tensors_of
 
 METADATA = "ldm"
 SD_FACTOR, SDXL_FACTOR = 0.18215, 0.13025
@@ -44,8 +52,15 @@ SCORE = {"field": "aesthetic_score", "default": [6.0], "empty": [2.5]}
 # What these files hold beside the weights: schedules, averages' counters, losses, numbers that are computed.
 BESIDE = re.compile(
     r"^(betas|alphas_cumprod.*|sqrt_.*|log_one_minus_.*|posterior_.*|logvar|lvlb_weights|scale_factor|global_step"
-    r"|denoiser\.sigmas|model_ema\..*|(first_stage_model\.)?loss\..*|.*\.position_ids|.*logit_scale)$"
+    r"|denoiser\.(log_)?sigmas|model_ema\..*|(first_stage_model\.)?loss\..*|.*\.position_ids|.*logit_scale"
+    r"|.*\.attn_mask|.*\.transformer\.text_projection\.weight|v_pred|ztsnr)$"
 )
+MARKS = ("scale_factor", "v_pred", "ztsnr", "alphas_cumprod")  # of these, those that say something
+OLD_TEXT: Rules = [  # how transformers named CLIP's parts once, as files of that time still do
+    (r"^(cond_stage_model\.transformer\.)(embeddings|encoder|final_layer_norm)\.", r"\1text_model.\2."),
+]
+LAST = {"layer": -2, "final_norm": False}  # what SDXL takes of its text encoders
+VIT_H = (1024, 24)  # width and layers of OpenCLIP ViT-H, of which SD 2 uses all but the last
 
 
 def places(architecture: Architecture) -> list[str]:
@@ -88,7 +103,8 @@ def write_single_file(package: Package, path: Path) -> None:
     tensors: dict[str, Tensor] = {}
     description: dict[str, Any] = {"architecture": architecture.plain(), "tokenizers": package.tokenizers}
     if architecture.network is None:
-        description["latents"] = {name: first_stage[name].tolist() for name in ("latent_mean", "latent_std")}
+        if package.latents_told:
+            description["latents"] = {name: first_stage[name].tolist() for name in ("latent_mean", "latent_std")}
     else:
         factor = factor_of(architecture)
         if first_stage["latent_mean"].any() or not is_std_of(first_stage["latent_std"], factor):
@@ -108,25 +124,25 @@ def write_single_file(package: Package, path: Path) -> None:
 def read_single_file(path: Path, weights: str = "ema", prediction: str | None = None) -> Package:
     """The model in a `.safetensors`, `.ckpt` or `.pt` file, recognised by its tensors' names and shapes.
 
-    `weights`: `ema` takes CompVis' averaged UNet where the file has one, `raw` the other. `prediction` is the class's
-    name where names and shapes do not tell (SD 2: V, where none is given). UserError for anything else.
+    `weights`: `ema` takes CompVis' averages where the file has such, `raw` the others. `prediction` is the class's name
+    where names and shapes do not tell (SD 2: V, where none is given). UserError for anything else.
     """
     tensors, metadata = _tensors(path)
     recognise.refuse_adapters(list(tensors), str(path))
-    if weights == "ema":
-        tensors = _averaged(tensors)
+    averaged = _averaged(tensors) if weights == "ema" else {}
+    tensors |= averaged
+    told = _Told(metadata, {name: tensors[name] for name in MARKS if name in tensors})
     tensors = {name: tensor for name, tensor in tensors.items() if not BESIDE.match(name)}
-    description = json.loads(metadata[METADATA]) if METADATA in metadata else {}
     if any(name.startswith(UNET) for name in tensors):
-        return _model(tensors, metadata, description, str(path), prediction)
-    if any(name.startswith(FIRST_STAGE) for name in tensors):
-        tensors = {name.removeprefix(FIRST_STAGE): tensor for name, tensor in tensors.items()}
-    if "encoder.conv_in.weight" in tensors and "decoder.conv_in.weight" in tensors:
-        return _bare_first_stage(tensors, description, str(path))
-    raise UserError(
-        f"{path} is no model that is known here: it has neither a UNet ({UNET}*) nor a first stage (encoder.*, "
-        f"decoder.*) in CompVis' or sgm's layout; its tensors begin with {', '.join(sorted(tensors)[:3]) or 'nothing'}"
-    )
+        package = _model(tensors, told, str(path), prediction)
+    else:
+        if any(name.startswith(FIRST_STAGE) for name in tensors):
+            tensors = {name.removeprefix(FIRST_STAGE): tensor for name, tensor in tensors.items()}
+        if not {"encoder.conv_in.weight", "decoder.conv_in.weight"} <= tensors.keys():
+            raise recognise.unknown(list(tensors), str(path))
+        names = first_stage_as_compvis(tensors)
+        package = _bare_first_stage({names[name]: t for name, t in tensors.items()}, told, str(path))
+    return replace(package, averaged=bool(averaged))
 
 
 def _tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -135,55 +151,101 @@ def _tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     if head[8:] == b"{" or path.suffix == ".safetensors":  # a header's length in 8 bytes, then JSON
         return load_tensors(path)
     state = load_torch(path)
-    state = state.get("state_dict", state) if isinstance(state, dict) else state
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise UserError(f"{path} holds no weights by name: expected a state dict, or one under 'state_dict'")
-    return state, {}
+    if isinstance(state, dict):
+        recognise.refuse_adapters([name for name in state if isinstance(name, str)], str(path))
+    return tensors_of(state, path), {}
 
 
 def _averaged(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors with CompVis' averages (`model_ema.*`, names without dots) in the UNet's place."""
-    found = dict(tensors)
+    """CompVis' averages (`model_ema.*`, names without dots) under the names of what they are averages of."""
+    found = {}
     for name in tensors:
         average = "model_ema." + name.removeprefix("model.").replace(".", "")
-        if name.startswith(UNET) and average in tensors:
+        if average in tensors and not name.startswith("model_ema."):
             found[name] = tensors[average]
     return found
 
 
-def _bare_first_stage(tensors: dict[str, Tensor], description: dict[str, Any], origin: str) -> Package:
-    if description:
-        architecture = Architecture.of(description["architecture"])
+@dataclass(frozen=True)
+class _Told:
+    """What a file says beside its weights: metadata, and tensors that are marks."""
+
+    metadata: dict[str, str]
+    marks: dict[str, Tensor]
+
+    def description(self, origin: str) -> dict[str, Any]:
+        """What this module wrote under METADATA; empty where it did not write the file."""
+        try:
+            found = json.loads(self.metadata.get(METADATA, "{}"))
+            if found:
+                found["architecture"]
+            return dict(found)
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{origin}: its metadata {METADATA!r} are not readable ({error!r})") from error
+
+    def prediction(self) -> str | None:
+        """The class's name, where a mark or Stability's model specification says it."""
+        if "v_pred" in self.marks:
+            return "V"
+        spec = self.metadata.get("modelspec.prediction_type", "")
+        return {"v": "V", "v_prediction": "V", "epsilon": "Epsilon"}.get(spec)
+
+    def schedule(self) -> dict[str, Any]:
+        """Stable Diffusion's, rescaled to zero terminal SNR where the file is marked so."""
+        return {"kind": "ZeroTerminalSNR", "schedule": SD_SCHEDULE} if "ztsnr" in self.marks else SD_SCHEDULE
+
+    def other_levels(self) -> bool:
+        """Whether it has noise levels of another schedule than Stable Diffusion's."""
+        given = self.marks.get("alphas_cumprod")
+        known = torch.from_numpy(ScaledLinear().alphas_cumprod)
+        return given is not None and (
+            given.shape != known.shape or not torch.allclose(given.double(), known, rtol=1e-2, atol=1e-3)
+        )
+
+    def factor(self, architecture: Architecture) -> float:
+        """The latent scale factor: LDM's buffer where it measured one, else what readers assume."""
+        measured = self.marks.get("scale_factor")
+        return factor_of(architecture) if measured is None else round(float(measured), 7)
+
+
+def _bare_first_stage(tensors: dict[str, Tensor], told: _Told, origin: str) -> Package:
+    description = told.description(origin)
+    if description:  # of a whole model where another tool took the rest away
+        architecture = Architecture(Architecture.of(description["architecture"]).first_stage)
     else:
         architecture = Architecture(recognise.first_stage_arguments(tensors, origin))
-    shapes = shapes_of_first_stage(architecture)
+    try:
+        shapes = shapes_of_first_stage(architecture)
+    except (TypeError, KeyError) as error:
+        raise UserError(f"{origin}: its metadata {METADATA!r} do not describe a first stage ({error})") from error
     state = taken(tensors, first_stage_to_compvis(shapes), shapes, origin)
     channels = architecture.first_stage["latent_channels"]
-    known = description.get("latents", {"latent_mean": [0.0] * channels, "latent_std": [1.0] * channels})
+    latents = description.get("latents")
+    known = latents or {"latent_mean": [0.0] * channels, "latent_std": [1.0] * channels}
     state |= {name: torch.tensor(values) for name, values in known.items()}
-    return Package(architecture, {f"first_stage.{name}": tensor for name, tensor in state.items()})
+    named = {f"first_stage.{name}": tensor for name, tensor in state.items()}
+    return Package(architecture, named, latents_told=latents is not None)
 
 
-def _model(
-    tensors: dict[str, Tensor],
-    metadata: dict[str, str],
-    description: dict[str, Any],
-    origin: str,
-    prediction: str | None,
-) -> Package:
+def _model(tensors: dict[str, Tensor], told: _Told, origin: str, prediction: str | None) -> Package:
+    notes: list[str] = []
+    description = told.description(origin)
     if description:
         architecture = Architecture.of(description["architecture"])
     else:
-        architecture, tensors = _recognised(tensors, origin, prediction)
-    pieces, shapes = _whole(architecture)
+        architecture, tensors = _recognised(_modern(tensors), told, origin, prediction, notes)
+    try:
+        require_fitting(architecture, origin)
+        pieces, shapes = _whole(architecture)
+    except (TypeError, KeyError) as error:
+        raise UserError(f"{origin}: its metadata {METADATA!r} do not describe a model ({error})") from error
     state = taken(tensors, pieces, shapes, origin)
-    factor = factor_of(architecture)
     first_stage = {n.removeprefix("first_stage."): state.pop(n) for n in list(state) if n.startswith("first_stage.")}
-    channels = architecture.first_stage["latent_channels"]
+    channels, factor = architecture.first_stage["latent_channels"], told.factor(architecture)
     first_stage |= {"latent_mean": torch.zeros(channels), "latent_std": torch.full((channels,), 1.0 / factor)}
-    first_stage = unfolded(first_stage, metadata, factor)
+    first_stage = unfolded(first_stage, told.metadata, factor)
     state |= {f"first_stage.{name}": tensor for name, tensor in first_stage.items()}
-    return Package(architecture, state, list(description.get("tokenizers", [])))
+    return Package(architecture, state, list(description.get("tokenizers", [])), notes=notes)
 
 
 def _whole(architecture: Architecture) -> tuple[list[Piece], dict[str, Tensor]]:
@@ -201,41 +263,88 @@ def _whole(architecture: Architecture) -> tuple[list[Piece], dict[str, Tensor]]:
     return pieces, {own + name: tensor for _, own, _, some in parts for name, tensor in some.items()}
 
 
+def _modern(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors with today's names of the text encoder: CLIP's old ones, and SD Turbo's, which is SD 2 in sgm's."""
+    rules = list(OLD_TEXT)
+    if f"{UNET}label_emb.0.0.weight" not in tensors:
+        rules.append((r"^conditioner\.embedders\.0\.model\.", "cond_stage_model.model."))
+    names = renamed(tensors, rules)
+    return {names[name]: tensor for name, tensor in tensors.items()}
+
+
+def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name[len(prefix) :]: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
 def _recognised(
-    tensors: dict[str, Tensor], origin: str, prediction: str | None
+    tensors: dict[str, Tensor], told: _Told, origin: str, prediction: str | None, notes: list[str]
 ) -> tuple[Architecture, dict[str, Tensor]]:
-    """The architecture by names and shapes, and the tensors without what the model does not use."""
+    """The architecture by names and shapes, and the tensors without what the model does not use.
 
-    def part(prefix: str) -> dict[str, Tensor]:
-        return {name[len(prefix) :]: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    `notes` gets what had to be assumed.
+    """
+    network = recognise.network_arguments(_part(tensors, UNET), origin)
+    texts, numbers, unused = _conditions(tensors, origin)
+    predicted, size = told.prediction() or prediction, (1024, 1024) if numbers else (512, 512)
+    if not numbers and texts[0].config["act"] == "gelu":  # SD 2
+        if predicted is None:
+            predicted = "V"
+            notes.append(
+                f"{origin} does not say what its UNet predicts: v is assumed, as in SD 2's files for 768 pixels; "
+                "where it is one for 512 pixels (base), give --prediction epsilon"
+            )
+        size = (768, 768) if predicted == "V" else size
+    if told.other_levels():
+        notes.append(f"{origin} has other noise levels (alphas_cumprod) than Stable Diffusion's, which are assumed")
+    given = _part(tensors, FIRST_STAGE)
+    if not given:
+        raise UserError(f"{origin} has no first stage ({FIRST_STAGE}*): give the whole model's file, one with its VAE")
+    first_stage = recognise.first_stage_arguments(given, origin)
+    known = Architecture(
+        first_stage,
+        network,
+        texts,
+        numbers,
+        told.schedule(),
+        predicted or "Epsilon",
+        size,
+        is_masked(first_stage, network),
+    )
+    return known, {name: tensor for name, tensor in tensors.items() if not unused or not name.startswith(unused)}
 
-    network = recognise.network_arguments(part(UNET), origin)
-    texts: tuple[Text, ...]
-    numbers: tuple[dict[str, Any], ...] = ()
-    native, default = (512, 512), "Epsilon"
-    last = {"layer": -2, "final_norm": False}
-    if clip := part("conditioner.embedders.0.transformer.text_model."):
-        big = part("conditioner.embedders.1.model.")
-        first = recognise.clip_text(clip, origin, **last, empty_as_zero=True)
-        second = recognise.open_clip_text(big, origin, True, **last, pooled=True, empty_as_zero=True)
-        texts, numbers, native = (first, second), (*SIZES, TARGET), (1024, 1024)
-    elif big := part("conditioner.embedders.0.model."):
-        texts = (recognise.open_clip_text(big, origin, True, **last, pooled=True),)
-        numbers, native = (*SIZES, SCORE), (1024, 1024)
-    elif whole := part("cond_stage_model.model."):
-        unused = "text_projection" in whole  # the file has OpenCLIP's whole tower; SD 2 uses all but its last layer
-        texts = (recognise.open_clip_text(whole, origin, False, unused_layers=int(unused)),)
-        layer = f"cond_stage_model.model.transformer.resblocks.{texts[0].config['layers']}."
-        beside = (layer, "cond_stage_model.model.text_projection")
-        tensors = {name: tensor for name, tensor in tensors.items() if not (unused and name.startswith(beside))}
-        default = "V"
-    elif clip := part("cond_stage_model.transformer.text_model."):
-        texts = (recognise.clip_text(clip, origin),)
-    else:
-        raise UserError(
-            f"{origin} holds a UNet without a text encoder that is known here (conditioner.embedders.*, "
-            "cond_stage_model.model.*, cond_stage_model.transformer.text_model.*): give the whole model"
-        )
-    first_stage = recognise.first_stage_arguments(part(FIRST_STAGE), origin)
-    known = Architecture(first_stage, network, texts, numbers, SD_SCHEDULE, prediction or default, native)
-    return known, tensors
+
+def _conditions(
+    tensors: dict[str, Tensor], origin: str
+) -> tuple[tuple[Text, ...], tuple[dict[str, Any], ...], tuple[str, ...]]:
+    """The text encoders, the numbers beside them, and the beginnings of the names that are not used."""
+    if clip := _part(tensors, "conditioner.embedders.0.transformer.text_model."):
+        big = _part(tensors, "conditioner.embedders.1.model.")
+        first = recognise.clip_text(clip, origin, **LAST, empty_as_zero=True)
+        second = recognise.open_clip_text(big, origin, True, **LAST, pooled=True, empty_as_zero=True)
+        return (first, second), (*SIZES, TARGET), ()
+    if big := _part(tensors, "conditioner.embedders.0.model."):
+        return (recognise.open_clip_text(big, origin, True, **LAST, pooled=True),), (*SIZES, SCORE), ()
+    if tower := _part(tensors, "cond_stage_model.model."):
+        text, unused = _sd2_text(tower, origin)
+        return (text,), (), unused
+    if clip := _part(tensors, "cond_stage_model.transformer.text_model."):
+        return (recognise.clip_text(clip, origin),), (), ()
+    raise UserError(
+        f"{origin} holds a UNet without a text encoder that is known here (conditioner.embedders.*, "
+        "cond_stage_model.model.*, cond_stage_model.transformer.text_model.*): give the whole model"
+    )
+
+
+def _sd2_text(tower: dict[str, Tensor], origin: str) -> tuple[Text, tuple[str, ...]]:
+    """SD 2's text encoder in a file's OpenCLIP tower, and the beginnings of the names that it does not use.
+
+    The published files have the whole tower, of which SD 2 uses all but the last layer; others leave that away, and
+    the projection may be there with it or without.
+    """
+    whole = recognise.open_clip_text(tower, origin, False).config
+    shape = whole["hidden_size"], whole["layers"]
+    complete = shape == VIT_H if shape[0] == VIT_H[0] else "text_projection" in tower
+    text = recognise.open_clip_text(tower, origin, False, unused_layers=int(complete))
+    prefix = "cond_stage_model.model."
+    last = (f"{prefix}transformer.resblocks.{text.config['layers']}.",) if complete else ()
+    return text, (*last, f"{prefix}text_projection")

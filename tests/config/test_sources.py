@@ -2,54 +2,22 @@
 
 import re
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
 
 from ldm.checkpoint import load_tensors
-from ldm.config.build import stages
-from ldm.config.compose import compose
 from ldm.config.sources import Weights, _check_latents, load_strictly
 from ldm.errors import UserError
 from ldm.first_stage.autoencoder import FirstStage
 from ldm.first_stage.bottleneck import KLBottleneck
 from ldm.interop.convert import convert, read
-from ldm.latent_diffusion import LatentDiffusion
 from ldm.networks.autoencoder import Decoder, Encoder
 from ldm.networks.unet import UNet
-from ldm.training import curriculum
 from tests.interop.tiny import package
 
-
-def overrides_for(shapes: Path, out: Path, *more: str) -> list[str]:
-    return [
-        "experiment=quickstart",
-        "variant=tiny",
-        f"data.train.shards={shapes}/train",
-        f"data.val.shards={shapes}/val",
-        f"run_folder={out}",
-        "trainer.enable_progress_bar=false",
-        *more,
-    ]
-
-
-@pytest.fixture(scope="module")
-def run(tiny_shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run's folder with a first stage and a base, two steps each, and its base in other formats."""
-    out = tmp_path_factory.mktemp("run")
-    overrides = overrides_for(tiny_shapes, out, "stages=[first_stage,base]")
-    curriculum.run(*stages(compose("train", overrides), overrides, out))
-    for to, name in (("single_file", "base.safetensors"), ("diffusers", "diffusers"), ("ldm", "ldm")):
-        convert(out / "base", out / name, to)
-    return out
-
-
-def model_of(shapes: Path, run: Path, out: Path, *more: str) -> LatentDiffusion:
-    """The model that a launch of `base` begins with."""
-    given = overrides_for(shapes, out, "stages=[base]", f"tokenizer_path={run}/tokenizer", *more)
-    (stage,), models = stages(compose("train", given), given, out)
-    return cast(LatentDiffusion, stage.build(models).module.model())
+from .launch import model_of
 
 
 @pytest.mark.parametrize("source", ["base", "base/model", "base.safetensors", "diffusers", "ldm"])

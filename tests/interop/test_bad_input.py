@@ -2,6 +2,9 @@
 
 import json
 import pickle
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,13 +12,17 @@ import pytest
 import torch
 
 from ldm.checkpoint import load_tensors, save_tensors
-from ldm.interop.convert import main
+from ldm.errors import UserError
+from ldm.interop.convert import convert, main
 from ldm.interop.diffusers_folder import write_diffusers
+from ldm.interop.model_folder import find_model_folder
+from ldm.interop.own_folder import write_own
 from ldm.interop.single_file import write_single_file
 
 from .tiny import package
 
 UNET = "model.diffusion_model."
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -121,9 +128,124 @@ def without_a_shard(whole: Path, path: Path) -> Path:
     return target
 
 
+def named(*names: str) -> Callable[[Path, Path], Path]:
+    """A file with tensors of these names."""
+
+    def make(whole: Path, path: Path) -> Path:
+        save_tensors(path / "model.safetensors", {name: torch.zeros(4, 8) for name in names})
+        return path / "model.safetensors"
+
+    return make
+
+
+def pickle_of(value: object) -> Callable[[Path, Path], Path]:
+    def make(whole: Path, path: Path) -> Path:
+        torch.save(value, path / "model.pt")
+        return path / "model.pt"
+
+    return make
+
+
+def empty(name: str) -> Callable[[Path, Path], Path]:
+    def make(whole: Path, path: Path) -> Path:
+        (path / name).write_bytes(b"")
+        return path / name
+
+    return make
+
+
+def folder_of(**files: str) -> Callable[[Path, Path], Path]:
+    def make(whole: Path, path: Path) -> Path:
+        (path / "folder").mkdir()
+        for name, text in files.items():
+            (path / "folder" / f"{name}.json").write_text(text)
+        return path / "folder"
+
+    return make
+
+
+def with_tensors(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Path, Path], Path]:
+    """The whole file with other tensors, and without what this project notes in it."""
+
+    def make(whole: Path, path: Path) -> Path:
+        tensors, _ = load_tensors(whole / "whole.safetensors")
+        change(tensors)
+        save_tensors(path / "model.safetensors", tensors)
+        return path / "model.safetensors"
+
+    return make
+
+
+def with_json(file: str, **changes: object) -> Callable[[Path, Path], Path]:
+    """The whole folder with other values in one of its JSON files; None takes one away."""
+
+    def make(whole: Path, path: Path) -> Path:
+        shutil.copytree(whole / "folder", path / "folder")
+        value = json.loads((path / "folder" / file).read_text()) | changes
+        (path / "folder" / file).write_text(json.dumps({name: v for name, v in value.items() if v is not None}))
+        return path / "folder"
+
+    return make
+
+
+def without(*files: str) -> Callable[[Path, Path], Path]:
+    """The whole folder without some files, by patterns."""
+
+    def make(whole: Path, path: Path) -> Path:
+        shutil.copytree(whole / "folder", path / "folder")
+        for pattern in files:
+            for file in (path / "folder").glob(pattern):
+                file.unlink()
+        return path / "folder"
+
+    return make
+
+
+def own(*gone: str, config: str | None = None) -> Callable[[Path, Path], Path]:
+    """A model folder of ours, without some files or with another configuration."""
+
+    def make(whole: Path, path: Path) -> Path:
+        write_own(package("sd1", path / "parts"), path / "own")
+        for name in gone:
+            (path / "own" / name).unlink()
+        if config is not None:
+            (path / "own" / "config.yaml").write_text(config)
+        return path / "own"
+
+    return make
+
+
 def something_else(whole: Path, path: Path) -> Path:
     save_tensors(path / "model.safetensors", {"layers.0.weight": torch.zeros(1)})
     return path / "model.safetensors"
+
+
+def upscaler(tensors: dict[str, torch.Tensor]) -> None:
+    tensors[UNET + "input_blocks.0.0.weight"] = torch.zeros(32, 7, 3, 3)
+    tensors[UNET + "label_emb.weight"] = torch.zeros(1000, 128)
+
+
+def one_of_another_width(tensors: dict[str, torch.Tensor]) -> None:
+    tensors[UNET + "input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"] = torch.zeros(32, 77)
+
+
+def with_metadata(text: str) -> Callable[[Path, Path], Path]:
+    def make(whole: Path, path: Path) -> Path:
+        save_tensors(path / "model.safetensors", load_tensors(whole / "whole.safetensors")[0], {"ldm": text})
+        return path / "model.safetensors"
+
+    return make
+
+
+def without_first_stage(tensors: dict[str, torch.Tensor]) -> None:
+    for name in [name for name in tensors if name.startswith("first_stage_model.")]:
+        del tensors[name]
+
+
+def without_transformers(tensors: dict[str, torch.Tensor]) -> None:
+    for name in [name for name in tensors if "transformer_blocks" in name or "proj_in" in name]:
+        if name.startswith(UNET):
+            del tensors[name]
 
 
 @pytest.mark.parametrize(
@@ -144,6 +266,69 @@ def something_else(whole: Path, path: Path) -> Path:
         (without_a_shard, "00002-of-"),
         (something_else, "no model that is known here"),
         (lambda whole, path: path / "nowhere", "nothing is there"),
+        (named("oft_unet_down_blocks_0.oft_blocks"), "holds a LoRA"),
+        (named("controlnet_cond_embedding.conv_in.weight"), "holds a ControlNet"),
+        (named("lllite_unet_input_blocks_1.down.0.weight"), "holds a ControlNet"),
+        (named("emb_params"), "holds a textual inversion"),
+        (named("clip_l", "clip_g"), "holds a textual inversion"),
+        (pickle_of({"<cat>": torch.zeros(768)}), "holds a textual inversion"),
+        (pickle_of({"string_to_param": {"*": torch.zeros(1, 768)}, "name": "cat"}), "holds a textual inversion"),
+        (named("adapter.body.0.resnets.0.block1.weight"), "holds a T2I-adapter"),
+        (named("image_proj.proj.weight"), "holds an IP-adapter"),
+        (named("down_blocks.0.motion_modules.0.temporal_transformer.norm.weight"), "holds motion modules"),
+        (named("conv_in.weight", "down_blocks.0.resnets.0.conv1.weight"), "holds a UNet alone"),
+        (named("text_model.embeddings.token_embedding.weight"), "holds a text encoder alone"),
+        (pickle_of({0: torch.zeros(1)}), "holds no weights by name"),
+        (pickle_of({"state_dict": {}}), "holds no weights by name (it is empty)"),
+        (pickle_of({"a": 3.0}), "holds no weights by name (a is a float)"),
+        (pickle_of([torch.zeros(1)]), "holds no weights by name"),
+        (empty("model.safetensors"), "not a whole safetensors file"),
+        (empty("model.ckpt"), "an empty or cut file"),
+        (folder_of(), "holds no model that is known here"),
+        (folder_of(checkpoint="{}"), "a checkpoint to resume from"),
+        (folder_of(model="{}"), "not the record of a model folder"),
+        (folder_of(config='{"architectures": ["CLIPTextModel"]}'), "holds a CLIPTextModel alone"),
+        (folder_of(config='{"_class_name": "UNet2DConditionModel"}'), "holds a UNet2DConditionModel alone"),
+        (folder_of(config='{"_class_name": "AutoencoderKL"}'), "it has no 'block_out_channels'"),
+        (folder_of(config='{"_class_name": "AutoencoderTiny"}'), "holds a AutoencoderTiny alone"),
+        (folder_of(config='{"_class_name": "VQModel", "norm_type": "spatial"}'), "norm_type='spatial' is not known"),
+        (folder_of(model_index='{"_class_name": "FluxPipeline"}'), "the folder of a FluxPipeline"),
+        (with_json("model_index.json", _class_name="StableDiffusionControlNetPipeline"), "has other parts"),
+        (with_json("unet/config.json", cross_attention_dim=None), "it has no 'cross_attention_dim'"),
+        (with_json("unet/config.json", transformer_layers_per_block=[[1], [1]]), "expected a number, or one per level"),
+        (with_json("unet/config.json", time_cond_proj_dim=256), "time_cond_proj_dim=256 is not known"),
+        (with_json("unet/config.json", in_channels=8), "takes 8 channels and gives 4"),
+        (with_json("unet/config.json", cross_attention_dim=96), "takes tokens of width 96"),
+        (
+            with_json("scheduler/scheduler_config.json", _class_name="EDMEulerScheduler", beta_schedule=None),
+            "has a EDMEulerScheduler without beta_schedule",
+        ),
+        (with_json("text_encoder/config.json", model_type="t5"), "model_type='t5' is not known"),
+        (with_json("unet/diffusion_pytorch_model.safetensors.index.json", weight_map=None), "names no files"),
+        (without("unet/*.safetensors*"), "unet has no weights"),
+        (without("unet/config.json"), "unet/config.json is missing"),
+        (without("tokenizer/*"), "tokenizer has no tokenizer"),
+        (without("tokenizer/tokenizer.json", "tokenizer/merges.txt"), "tokenizer has no tokenizer"),
+        (lambda whole, path: own()(whole, path) / "weights.safetensors", "is a part of the model folder"),
+        (own("config.yaml"), "it has no config.yaml"),
+        (own("weights.safetensors"), "no file at"),
+        (own(config="a: ["), "its config.yaml is not the one of a model"),
+        (own(config="{}"), "its config.yaml is not the one of a model"),
+        (with_tensors(upscaler), "takes 7 channels and gives 4, beside a first stage of 4: known here are 4, and 9"),
+        (with_tensors(lambda t: t[UNET + "out.2.bias"].fill_(float("nan"))), "NaN or infinities in denoiser.network"),
+        (with_tensors(without_transformers), "it has no "),
+        (with_tensors(lambda t: t.pop(UNET + "input_blocks.0.0.weight")), "has no 'input_blocks.0.0.weight'"),
+        (with_tensors(lambda t: t.pop("first_stage_model.encoder.conv_in.weight")), "has no 'encoder.conv_in.weight'"),
+        (with_tensors(one_of_another_width), "attn2.to_k.weight: [32, 77] in the file, [32, 64] expected"),
+        (with_metadata("{"), "its metadata 'ldm' are not readable"),
+        (with_metadata("[1]"), "its metadata 'ldm' are not readable"),
+        (with_metadata('{"architecture": {"first_stage": {}}}'), "the description of the model in the file is not"),
+        (
+            with_metadata('{"architecture": {"first_stage": {}, "texts": [], "numbers": [], "size": [1, 1]}}'),
+            "its metadata 'ldm' do not describe a model",
+        ),
+        (with_tensors(without_first_stage), "has no first stage (first_stage_model.*)"),
+        (with_tensors(lambda t: t.update({"extra.weight": torch.zeros(1)})), "unexpected extra.weight"),
     ],
 )
 def test_one_clear_error_and_nothing_written(
@@ -163,7 +348,84 @@ def test_one_clear_error_and_nothing_written(
 
 def test_what_is_there_is_not_overwritten(whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "out").mkdir()
-    assert main([str(whole / "whole.safetensors"), str(tmp_path / "out"), "--to", "ldm"]) == 1
-    assert "exists already" in capsys.readouterr().err
-    assert main([str(whole / "whole.safetensors"), str(tmp_path / "new.ckpt"), "--to", "single_file"]) == 1
-    assert "ends in .safetensors" in capsys.readouterr().err
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    source = str(whole / "whole.safetensors")
+    for out in (str(tmp_path / "out"), str(tmp_path / "link"), source):
+        assert main([source, out, "--to", "ldm"]) == 1
+        assert "exists already" in capsys.readouterr().err
+    assert (tmp_path / "link").is_symlink()
+
+
+@pytest.mark.parametrize(
+    ("name", "to", "message"),
+    [
+        ("new.ckpt", "single_file", "ends in .safetensors"),
+        ("new", "single_file", "ends in .safetensors"),
+        ("new.safetensors", "diffusers", "--to diffusers writes a folder"),
+        ("new.ckpt", "ldm", "--to ldm writes a folder"),
+    ],
+)
+def test_a_name_of_another_format_is_refused_before_anything_is_read(
+    name: str, to: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "model.ckpt").write_bytes(b"nothing that could be read")
+    assert main([str(tmp_path / "model.ckpt"), str(tmp_path / "folder" / name), "--to", to]) == 1
+    told = capsys.readouterr().err
+    assert message in told and len(told.splitlines()) == 1
+    assert not (tmp_path / "folder").exists()
+
+
+@pytest.mark.parametrize("wrong", [{"to": "onnx"}, {"dtype": "float64"}, {"weights": "best"}, {"prediction": "x0"}])
+def test_a_value_that_is_none_of_the_allowed_ones(wrong: dict[str, str], whole: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=f"{next(iter(wrong))}={next(iter(wrong.values()))}: expected"):
+        convert(whole / "folder", tmp_path / "out", **({"to": "ldm"} | wrong))  # type: ignore[arg-type]
+
+
+def test_numbers_that_a_type_does_not_hold_are_refused(whole: Path, tmp_path: Path) -> None:
+    tensors, metadata = load_tensors(whole / "whole.safetensors")
+    tensors[UNET + "out.2.bias"][0] = 1e6
+    save_tensors(tmp_path / "model.safetensors", tensors, metadata)
+    with pytest.raises(UserError, match=r"conv_out.bias goes up to 1e\+06, which torch.float16 cannot hold"):
+        convert(tmp_path / "model.safetensors", tmp_path / "out", "ldm", dtype="float16")
+    convert(tmp_path / "model.safetensors", tmp_path / "out", "ldm", dtype="bfloat16")
+
+
+def test_a_full_disk_leaves_nothing(whole: Path, tmp_path: Path) -> None:
+    """A limit on the size of files stands for a disk without room."""
+    outs = {to: str(tmp_path / "new" / to) for to in ("diffusers", "ldm")}
+    outs["single_file"] = str(tmp_path / "new" / "out.safetensors")
+    code = f"""
+import resource, signal, sys
+from ldm.interop.convert import main
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+sys.exit(sum(main([{str(whole / "whole.safetensors")!r}, out, "--to", to]) for to, out in {outs!r}.items()))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == len(outs), done.stderr
+    told = done.stderr.splitlines()
+    assert len(told) == len(outs) and all("cannot be written" in line for line in told)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_is_a_file_is_told(whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("")
+    assert main([str(whole / "folder"), str(tmp_path / "file" / "out"), "--to", "ldm"]) == 1
+    assert "cannot be written" in capsys.readouterr().err
+
+
+def test_a_tokenizer_of_another_model_is_refused(whole: Path, tmp_path: Path) -> None:
+    tensors, _ = load_tensors(whole / "whole.safetensors")
+    name = "cond_stage_model.transformer.text_model.embeddings.token_embedding.weight"
+    save_tensors(tmp_path / "model.safetensors", tensors | {name: tensors[name][:-1]})
+    with pytest.raises(UserError, match=r"has \d+ tokens, the text encoder knows \d+"):
+        convert(tmp_path / "model.safetensors", tmp_path / "out", "ldm", tokenizer=str(whole / "folder" / "tokenizer"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_sampling_from_another_format_says_how(whole: Path, tmp_path: Path) -> None:
+    for path in (whole / "whole.safetensors", whole / "folder"):
+        with pytest.raises(UserError, match="convert it first"):
+            find_model_folder(path, "diffusion")
+    with pytest.raises(UserError, match="a part of the model folder"):
+        find_model_folder(own()(whole, tmp_path) / "weights.safetensors", "diffusion")

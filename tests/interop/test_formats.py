@@ -17,7 +17,7 @@ from ldm.interop.single_file import write_single_file
 
 from .tiny import first_stage, package, same, weights
 
-FAMILIES = ["sd1", "sd2", "sdxl", "refiner"]
+FAMILIES = ["sd1", "sd2", "sdxl", "refiner", "inpainting"]
 
 
 def files(folder: Path) -> dict[str, object]:
@@ -78,6 +78,7 @@ def test_a_family_is_recognised_by_keys_and_shapes(family: str, tmp_path: Path) 
     known = found.architecture
     given = {name: value for name, value in (model.architecture.network or {}).items() if name != "groups"}
     assert {name: known.network[name] for name in given} == given
+    assert known.masked == model.architecture.masked
     assert (known.prediction, known.schedule) == (model.architecture.prediction, model.architecture.schedule)
     assert [text.config for text in known.texts] == [text.config for text in model.architecture.texts]
     taken = [(text.layer, text.final_norm, text.pooled, text.projection_dim) for text in known.texts]

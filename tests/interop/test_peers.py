@@ -10,6 +10,7 @@ import torch
 from ldm.config.build import load_trained
 from ldm.diffusion.schedule import ScaledLinear, ZeroTerminalSNR
 from ldm.generation import Generator, Request, SamplingSettings
+from ldm.interop.convert import read
 from ldm.interop.diffusers_folder import write_diffusers
 from ldm.interop.own_folder import write_own
 from ldm.interop.single_file import write_single_file
@@ -18,7 +19,7 @@ from ldm.sampling.grid import Grid, Leading, Trailing
 from ldm.sampling.guidance import ClassifierFree
 from ldm.sampling.noise import ImageNoise
 
-from .tiny import SIDE, package
+from .tiny import SIDE, package, same
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -96,3 +97,43 @@ def test_the_refiner_loads(tmp_path: Path) -> None:
     write_diffusers(package("refiner", tmp_path), tmp_path / "folder")
     pipeline = diffusers.StableDiffusionXLImg2ImgPipeline.from_pretrained(tmp_path / "folder", local_files_only=True)
     assert pipeline.config.requires_aesthetics_score and pipeline.text_encoder is None
+
+
+def test_inpainting_is_theirs(tmp_path: Path) -> None:
+    """Their pipeline for it, and the same prediction of the nine channels that it gives its UNet."""
+    write_own(package("inpainting", tmp_path), tmp_path / "own")
+    write_diffusers(package("inpainting", tmp_path), tmp_path / "folder")
+    pipeline = diffusers.StableDiffusionInpaintPipeline.from_pretrained(tmp_path / "folder", local_files_only=True)
+    network = load_trained(str(tmp_path / "own"), "ema", "cpu").model.denoiser.network
+    x, tokens = torch.randn(1, 9, 8, 8), torch.randn(1, 5, 64)
+    with torch.no_grad():
+        wanted = network(x[:, :4], torch.tensor([7.0]), tokens=tokens, concat=x[:, 4:])
+        found = pipeline.unet(x, 7, encoder_hidden_states=tokens).sample
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+    picture, mask = torch.rand(1, 3, SIDE, SIDE), torch.zeros(1, 1, SIDE, SIDE)
+    mask[..., : SIDE // 2] = 1.0
+    pipeline.set_progress_bar_config(disable=True)
+    made = pipeline(
+        PROMPT, image=picture, mask_image=mask, height=SIDE, width=SIDE, num_inference_steps=2, output_type="pt"
+    ).images
+    assert made.shape == (1, 3, SIDE, SIDE) and bool(made.isfinite().all())
+
+
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("sdxl", {"safe_serialization": False, "variant": "fp16", "max_shard_size": "300KB"}),
+        ("inpainting", {}),
+    ],
+)
+def test_folders_that_they_save_are_read(family: str, options: dict[str, Any], tmp_path: Path) -> None:
+    """Their whole configurations, old pickles in parts, variants, another scheduler on the same betas."""
+    given = package(family, tmp_path)
+    write_diffusers(given, tmp_path / "folder")
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "folder", local_files_only=True)
+    pipeline.scheduler = diffusers.EulerDiscreteScheduler.from_config(pipeline.scheduler.config)
+    pipeline.save_pretrained(tmp_path / "theirs", **options)
+    found = read(tmp_path / "theirs")
+    same(found.state, given.state)
+    assert found.architecture == replace(given.architecture, texts=found.architecture.texts)
+    assert [replace(text, prefix="text_model.") for text in found.architecture.texts] == list(given.architecture.texts)

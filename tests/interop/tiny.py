@@ -79,6 +79,9 @@ def architecture(family: str, vocab: int) -> Architecture:
         return Architecture(
             first_stage(), network(32, 64), (text(vocab, "quick_gelu"),), (), SD_SCHEDULE, "Epsilon", size
         )
+    if family == "inpainting":
+        unet = network(32, 64, in_channels=9)
+        return Architecture(first_stage(), unet, (text(vocab, "quick_gelu"),), (), SD_SCHEDULE, "Epsilon", size, True)
     if family == "sd2":
         return Architecture(
             first_stage(), network(64, 64, **linear), (text(vocab, "gelu"),), (), SD_SCHEDULE, "V", size
