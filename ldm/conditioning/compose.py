@@ -7,7 +7,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from ldm.conditioning.condition import Condition, Widths
+from ldm.conditioning.condition import Arguments, Condition, Widths
 from ldm.conditioning.text import Conditioner, Encode, Fields, TextConditioner
 from ldm.errors import UserError
 
@@ -60,6 +60,11 @@ class Unconditional(Conditioner):
 
     def widths(self, latent_channels: int) -> Widths:
         """None has any."""
+        return Widths()
+
+    @classmethod
+    def planned(cls, arguments: Arguments, latent_channels: int) -> Widths:
+        """The same."""
         return Widths()
 
     def forward(self, fields: Fields, keys: Tensor | None = None) -> Condition:

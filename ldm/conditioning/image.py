@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ldm.conditioning.condition import Condition, Widths
+from ldm.conditioning.condition import Arguments, Condition, Widths
 from ldm.conditioning.text import Conditioner, Encode, Fields
 from ldm.errors import UserError
 from ldm.randomness import fold, uniform
@@ -23,6 +23,11 @@ class LowResolution(Conditioner):
 
     def widths(self, latent_channels: int) -> Widths:
         """The channels of a picture."""
+        return Widths(concat=3)
+
+    @classmethod
+    def planned(cls, arguments: Arguments, latent_channels: int) -> Widths:
+        """The same."""
         return Widths(concat=3)
 
     def forward(self, fields: Fields, keys: Tensor | None = None) -> Condition:
@@ -62,6 +67,11 @@ class MaskedImage(Conditioner):
 
     def widths(self, latent_channels: int) -> Widths:
         """The channels of the latents, and the mask."""
+        return Widths(concat=latent_channels + 1)
+
+    @classmethod
+    def planned(cls, arguments: Arguments, latent_channels: int) -> Widths:
+        """The same."""
         return Widths(concat=latent_channels + 1)
 
     def forward(self, fields: Fields, keys: Tensor | None = None) -> Condition:

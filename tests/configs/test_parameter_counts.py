@@ -91,7 +91,10 @@ def test_published_text_encoders(name: str, monkeypatch: pytest.MonkeyPatch) -> 
             super().__init__()
             self.text_projection = clip_projection(width, width)
 
-    def projected(name_or_path: str, subfolder: str = "", output_loading_info: bool = False) -> Any:
+    def projected(
+        name_or_path: str, subfolder: str = "", projection_dim: int = 512, output_loading_info: bool = False
+    ) -> Any:
+        assert projection_dim == HUB[name_or_path]["hidden_size"]
         return Projected(HUB[name_or_path]["hidden_size"]), {"missing_keys": []}
 
     monkeypatch.setattr(CLIPTextModel, "from_pretrained", encoder)
