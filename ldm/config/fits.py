@@ -3,13 +3,16 @@
 from collections.abc import Collection
 from typing import Any
 
+import torch
+from hydra.errors import InstantiationException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from ldm.conditioning.compose import Compose
 from ldm.conditioning.condition import Widths
 from ldm.conditioning.text import Conditioner
-from ldm.config.check import locate
+from ldm.config.check import build, locate
+from ldm.data.fetch import View
 from ldm.errors import UserError
 from ldm.first_stage.bottleneck import Bottleneck
 from ldm.latent_diffusion import check_latents, check_widths
@@ -58,18 +61,31 @@ def planned_widths(node: DictConfig, latent_channels: int) -> Widths | None:
 
 
 def check_fits(config: DictConfig, stages: Collection[str]) -> None:
-    """Raises UserError where a second stage's network is for other latents or conditions than it will be given.
+    """Raises UserError where a stage's parts do not fit: sizes, levels, heads, and the widths they give each other.
 
-    `stages` are those that a first stage may come from. What cannot be known before the parts are built (another
-    model's latents, an encoder that is not at hand) is compared when they are.
+    They are built without memory for it. `stages` are those that a first stage may come from; what cannot be known
+    beforehand (another model's latents, an encoder that is not at hand) is compared when the parts are built.
     """
-    network, given = config.network, config.first_stage_from
-    if config.task == "first_stage" or locate(str(network._target_)) is not UNet:
+    first_stage, network = (_without_memory(config[part], part) for part in ("first_stage", "network"))
+    own = config.first_stage_from is None or config.first_stage_from in stages or config.task == "first_stage"
+    if own and config.data.buckets is None:
+        first_stage.check_size(*View.of(config.data.size).size)
+    if config.task == "first_stage" or not isinstance(network, UNet):
         return
-    channels = int(config.first_stage.latent_channels)
-    widths = planned_widths(config.conditioner, channels)
+    widths = planned_widths(config.conditioner, first_stage.latent_channels)
     if widths is None:
         return
-    if given is None or given in stages:
-        check_latents(network, channels, widths)
+    if own:
+        check_latents(network, first_stage.latent_channels, widths)
     check_widths(network, widths)
+
+
+def _without_memory(node: DictConfig, path: str) -> Any:
+    """The object that a configuration describes, on the meta device; UserError where its constructor refuses."""
+    try:
+        with torch.device("meta"):
+            return build(node, path)
+    except InstantiationException as error:
+        if isinstance(error.__cause__, UserError):
+            raise error.__cause__ from None
+        raise

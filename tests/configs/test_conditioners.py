@@ -17,7 +17,8 @@ from ldm.config.fits import planned_widths
 CONDITIONERS = sorted(path.stem for path in (CONFIGS / "conditioner").glob("*.yaml"))
 PICTURES = ("low_resolution", "masked_image", "clip_l_masked_image")  # what they condition on is no text
 NUMBERS = {"imagenet_class": ["3", "14", ""]}
-DROPS = ("captions", "captions_tiny", "clip_l", "openclip_h", "sdxl", "sdxl_text", "sdxl_refiner", "imagenet_class")
+TEXTS = ("captions", "captions_tiny", "captions_emoji", "captions_relations", "clip_l", "openclip_h")
+DROPS = (*TEXTS, "sdxl", "sdxl_text", "sdxl_refiner", "imagenet_class")
 
 
 @pytest.fixture(scope="module")
@@ -123,5 +124,5 @@ def test_dropout_takes_its_share_and_depends_on_the_visit_alone(conditioner: Con
 
 def test_every_conditioner_that_drops_is_tested_for_it() -> None:
     texts = {path.stem for path in (CONFIGS / "conditioner").glob("*.yaml") if "dropout" in path.read_text()}
-    inherits = {"openclip_h", "captions_tiny"}
+    inherits = {"openclip_h", "captions_tiny", "captions_emoji", "captions_relations"}
     assert texts - inherits == set(DROPS) - inherits | {"clip_l_masked_image"}
