@@ -31,6 +31,11 @@ class Compose(Conditioner):
         """Whether one of the parts does."""
         return any(part.sees_mask for part in cast(Iterable[Conditioner], self.conditioners))
 
+    @property
+    def needs_image(self) -> bool:  # type: ignore[override]
+        """Whether one of the parts does."""
+        return any(part.needs_image for part in cast(Iterable[Conditioner], self.conditioners))
+
     def bind(self, encode: Encode) -> None:
         """Hands the first stage's `encode` to the parts."""
         for conditioner in self.conditioners:

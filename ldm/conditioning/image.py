@@ -17,6 +17,8 @@ class LowResolution(Conditioner):
     2022, section 4.4 (super-resolution by concatenation).
     """
 
+    needs_image = True
+
     def __init__(self, factor: int = 4) -> None:
         super().__init__()
         self.factor = factor
@@ -52,6 +54,7 @@ class MaskedImage(Conditioner):
     """
 
     sees_mask = True
+    needs_image = True
 
     def __init__(self, mask_first: bool = True, whole: float = 0.25) -> None:
         super().__init__()
@@ -112,8 +115,8 @@ def _picture(fields: Fields, name: str) -> Tensor:
     if not isinstance(value, Tensor):
         raise UserError(
             f"this conditioner needs the field {name!r}, a picture as tensor [B, C, H, W]; there are: "
-            f"{', '.join(fields) or 'no fields'}. Where captions alone are at hand (sheets of samples in training) "
-            "leave it out: samples.every_n_steps=null"
+            f"{', '.join(fields) or 'no fields'}. Train from pictures (latents=null), give one when sampling "
+            "(init_image), and leave out sheets of samples in training (samples.every_n_steps=null)"
         )
     return value
 

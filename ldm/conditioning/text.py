@@ -29,6 +29,8 @@ class Conditioner(nn.Module, ABC):
 
     sees_mask = False
     """Whether it shows the network a picture's `mask` and what is beside it."""
+    needs_image = False
+    """Whether it is given the picture itself, which there is neither beside cached latents nor beside a prompt."""
 
     def bind(self, encode: Encode) -> None:
         """Is given the first stage's `encode`; one that shows pictures as latents keeps it."""
@@ -188,8 +190,7 @@ class TextConditioner(Conditioner):
                 f"the captions were encoded beforehand by {others}, this text encoder is {self.name}: make them anew, "
                 "or encode in training (latent_text=false)"
             )
-        device, dtype = self.encoder.device, self.encoder.dtype
-        return Condition(**cast(dict[str, Tensor], own)).to(device, dtype)
+        return Condition(**cast(dict[str, Tensor], own)).to(self.encoder.device, self.encoder.dtype)
 
     def _empty_one(self) -> Condition:
         if self._empty is None or self._empty.inputs()["tokens"].device != self.encoder.device:
@@ -257,9 +258,8 @@ def _check(config: CLIPTextConfig, tokenizer: CLIPTokenizer, dropout: float, lay
         raise UserError(f"max_length={max_length}: the text encoder takes 2 to {config.max_position_embeddings} tokens")
     if len(tokenizer) > config.vocab_size:
         raise UserError(
-            f"the tokenizer has {len(tokenizer)} tokens, the text encoder knows {config.vocab_size}: "
-            "they are not of one model; take both from the same folder, or build the encoder for it with "
-            "clip_text_for(tokenizer, ...)"
+            f"the tokenizer has {len(tokenizer)} tokens, the text encoder knows {config.vocab_size}: they are not of "
+            "one model; take both from the same folder, or build the encoder for it with clip_text_for(tokenizer, ...)"
         )
 
 

@@ -72,12 +72,38 @@ def check_fits(config: DictConfig, stages: Collection[str]) -> None:
         first_stage.check_size(*View.of(config.data.size).size)
     if config.task == "first_stage" or not isinstance(network, UNet):
         return
+    _check_pictures(config)
     widths = planned_widths(config.conditioner, first_stage.latent_channels)
     if widths is None:
         return
     if own:
         check_latents(network, first_stage.latent_channels, widths)
     check_widths(network, widths)
+
+
+def _check_pictures(config: DictConfig) -> None:
+    """Raises UserError where a conditioner is to see pictures, and the stage's batches or sheets have none."""
+    shown = [part for part in _classes(config.conditioner) if part.needs_image]
+    if shown and config.latents is not None:
+        raise UserError(
+            f"latents={config.latents}: the conditioner ({shown[0].__name__}) is shown the pictures themselves, which "
+            "cached latents do not have; train from pictures (latents=null)"
+        )
+    if any(not part.sees_mask for part in shown) and config.samples.every_n_steps is not None:
+        raise UserError(
+            f"samples.every_n_steps={config.samples.every_n_steps}: the conditioner ({shown[0].__name__}) makes "
+            "nothing of a prompt alone, so there are no sheets of samples; give samples.every_n_steps=null"
+        )
+
+
+def _classes(node: DictConfig) -> list[type[Conditioner]]:
+    """The conditioners that a configuration names, those of a composition one by one."""
+    target = locate(str(node._target_))
+    if not (isinstance(target, type) and issubclass(target, Conditioner)):
+        return []
+    if not issubclass(target, Compose):
+        return [target]
+    return [found for part in node.conditioners for found in _classes(part)]
 
 
 def _without_memory(node: DictConfig, path: str) -> Any:

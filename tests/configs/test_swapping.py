@@ -17,6 +17,7 @@ from ldm.latent_diffusion import LatentDiffusion
 from ldm.networks.unet import UNet
 from ldm.training import curriculum
 
+NO_SHEETS = "samples.every_n_steps=null"
 Widths = tuple[int, int, int | None, int | None]
 
 
@@ -71,7 +72,7 @@ def widths(network: Any) -> Widths:
     ],
 )
 def test_the_network_takes_the_widths_of_what_stands_beside_it(override: str, wanted: Widths) -> None:
-    config = swapped(override)
+    config = swapped(override, *[NO_SHEETS] * (override == "conditioner=low_resolution"))
     assert widths(config.network) == wanted
     assert config.first_stage.decoder.in_channels == wanted[1]
 
@@ -123,7 +124,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_built(overrides: list[s
         ["network=ldm_imagenet_f8", "conditioner=imagenet_class", "first_stage=vq_f8"],
         ["network=ldm_unconditional_f4", "conditioner=none", "first_stage=vq_f4"],
         ["network=ldm_churches_f8", "conditioner=none"],
-        ["network=ldm_super_resolution", "conditioner=low_resolution", "first_stage=vq_f4"],
+        ["network=ldm_super_resolution", "conditioner=low_resolution", "first_stage=vq_f4", NO_SHEETS],
         ["network=ldm_inpainting", "conditioner=masked_image", "first_stage=vq_f4_noattn"],
     ],
 )
@@ -141,8 +142,20 @@ def test_the_loss_is_weighed_as_its_bottleneck_asks(loss: str, first_stage: str,
 
 
 def test_the_small_picture_is_as_small_as_the_latents() -> None:
-    assert swapped("conditioner=low_resolution").conditioner.factor == 8
-    assert swapped("conditioner=low_resolution", "first_stage=vq_f4").conditioner.factor == 4
+    assert swapped("conditioner=low_resolution", NO_SHEETS).conditioner.factor == 8
+    assert swapped("conditioner=low_resolution", "first_stage=vq_f4", NO_SHEETS).conditioner.factor == 4
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        (["conditioner=clip_l_masked_image", "latents=auto"], r"\(MaskedImage\) is shown the pictures .*latents=null"),
+        (["conditioner=low_resolution"], r"\(LowResolution\) makes nothing of a prompt .*samples.every_n_steps=null"),
+    ],
+)
+def test_a_conditioner_that_is_shown_pictures_is_refused_where_there_are_none(overrides: list[str], told: str) -> None:
+    with pytest.raises(UserError, match=told):
+        swapped(*overrides)
 
 
 def launch(shapes: Path, out: Path, *more: str) -> list[str]:
