@@ -1,14 +1,26 @@
 """The finished second stage as one module: denoiser, conditioner and first stage."""
 
+from typing import Protocol
+
 import torch
 from torch import Tensor, nn
 
+from ldm.conditioning.condition import Widths
 from ldm.conditioning.text import Conditioner
 from ldm.diffusion.denoiser import Denoiser
 from ldm.errors import UserError
 from ldm.first_stage.autoencoder import FirstStage
 from ldm.networks.unet import UNet
 from ldm.randomness import fold, normal
+
+
+class NetworkWidths(Protocol):
+    """What a UNet, or its configuration, says of its inputs."""
+
+    in_channels: int
+    out_channels: int
+    context_dim: int | None
+    vector_dim: int | None
 
 
 class LatentDiffusion(nn.Module):
@@ -19,7 +31,10 @@ class LatentDiffusion(nn.Module):
 
     def __init__(self, denoiser: Denoiser, conditioner: Conditioner, first_stage: FirstStage) -> None:
         super().__init__()
-        _check_widths(denoiser.network, conditioner, first_stage.latent_channels)
+        network, channels = denoiser.network, first_stage.latent_channels
+        if isinstance(network, UNet):
+            check_latents(network, channels, conditioner.widths(channels))
+            check_widths(network, conditioner.widths(channels))
         conditioner.bind(first_stage.encode)
         self.denoiser = denoiser
         self.conditioner = conditioner
@@ -47,18 +62,21 @@ class LatentDiffusion(nn.Module):
         return mean + std * normal(fold(keys, "posterior"), tuple(mean.shape[1:]))
 
 
-def _check_widths(network: nn.Module, conditioner: Conditioner, latent_channels: int) -> None:
-    if not isinstance(network, UNet):
-        return
-    tokens, vector, beside = conditioner.widths(latent_channels)
-    wanted = latent_channels + beside, latent_channels
+def check_latents(network: NetworkWidths, latent_channels: int, widths: Widths) -> None:
+    """Raises UserError where the network is for other channels than the latents and what stands beside them have."""
+    wanted = latent_channels + widths.concat, latent_channels
     if (network.in_channels, network.out_channels) != wanted:
         raise UserError(
-            f"the first stage has latents of {latent_channels} channels and the conditioner puts {beside} beside them; "
-            f"the network has in_channels={network.in_channels}, out_channels={network.out_channels}. Give "
-            f"network.in_channels={wanted[0]} network.out_channels={wanted[1]}, or another first stage"
+            f"the first stage has latents of {latent_channels} channels and the conditioner puts {widths.concat} "
+            f"beside them; the network has in_channels={network.in_channels}, out_channels={network.out_channels}. "
+            f"Give network.in_channels={wanted[0]} network.out_channels={wanted[1]}, or another first stage"
         )
-    for what, width, name in (("tokens", tokens, "context_dim"), ("a vector", vector, "vector_dim")):
+
+
+def check_widths(network: NetworkWidths, widths: Widths) -> None:
+    """Raises UserError where the network is for tokens or a vector of other widths than the conditioner gives."""
+    rows = ("tokens", widths.tokens, "context_dim"), ("a vector", widths.vector, "vector_dim")
+    for what, width, name in rows:
         own = getattr(network, name)
         if (own or 0) != width:
             given = f"gives {what} of {width} numbers" if width else f"gives no {what.removeprefix('a ')}"

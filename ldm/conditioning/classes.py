@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ldm.conditioning.condition import Condition, Widths
+from ldm.conditioning.condition import Arguments, Condition, Widths
 from ldm.conditioning.text import Conditioner, Fields, dropped
 from ldm.errors import UserError, nearest
 
@@ -42,6 +42,11 @@ class ClassConditioner(Conditioner):
     def widths(self, latent_channels: int) -> Widths:
         """The token's."""
         return Widths(tokens=self.embedding.embedding_dim)
+
+    @classmethod
+    def planned(cls, arguments: Arguments, latent_channels: int) -> Widths:
+        """The same."""
+        return Widths(tokens=int(arguments["dim"]))
 
     def forward(self, fields: Fields, keys: Tensor | None = None) -> Condition:
         """The classes' condition, see Conditioner.forward; UserError where the field or a class is unknown."""

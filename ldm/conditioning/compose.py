@@ -7,7 +7,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from ldm.conditioning.condition import Condition, Widths
+from ldm.conditioning.condition import Arguments, Condition, Widths
 from ldm.conditioning.text import Conditioner, Encode, Fields, TextConditioner
 from ldm.errors import UserError
 
@@ -30,6 +30,11 @@ class Compose(Conditioner):
     def sees_mask(self) -> bool:  # type: ignore[override]
         """Whether one of the parts does."""
         return any(part.sees_mask for part in cast(Iterable[Conditioner], self.conditioners))
+
+    @property
+    def needs_image(self) -> bool:  # type: ignore[override]
+        """Whether one of the parts does."""
+        return any(part.needs_image for part in cast(Iterable[Conditioner], self.conditioners))
 
     def bind(self, encode: Encode) -> None:
         """Hands the first stage's `encode` to the parts."""
@@ -60,6 +65,11 @@ class Unconditional(Conditioner):
 
     def widths(self, latent_channels: int) -> Widths:
         """None has any."""
+        return Widths()
+
+    @classmethod
+    def planned(cls, arguments: Arguments, latent_channels: int) -> Widths:
+        """The same."""
         return Widths()
 
     def forward(self, fields: Fields, keys: Tensor | None = None) -> Condition:

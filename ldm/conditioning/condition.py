@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ldm.errors import UserError
+
+Arguments = Mapping[str, Any]
+"""The arguments of a constructor, by name, as they stand in a configuration: other objects are configurations too."""
 
 
 class Widths(NamedTuple):

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ldm.conditioning.condition import Condition, Widths
+from ldm.conditioning.condition import Arguments, Condition, Widths
 from ldm.conditioning.text import Conditioner, Encode, Fields
 from ldm.errors import UserError
 from ldm.randomness import fold, uniform
@@ -17,12 +17,19 @@ class LowResolution(Conditioner):
     2022, section 4.4 (super-resolution by concatenation).
     """
 
+    needs_image = True
+
     def __init__(self, factor: int = 4) -> None:
         super().__init__()
         self.factor = factor
 
     def widths(self, latent_channels: int) -> Widths:
         """The channels of a picture."""
+        return Widths(concat=3)
+
+    @classmethod
+    def planned(cls, arguments: Arguments, latent_channels: int) -> Widths:
+        """The same."""
         return Widths(concat=3)
 
     def forward(self, fields: Fields, keys: Tensor | None = None) -> Condition:
@@ -47,6 +54,7 @@ class MaskedImage(Conditioner):
     """
 
     sees_mask = True
+    needs_image = True
 
     def __init__(self, mask_first: bool = True, whole: float = 0.25) -> None:
         super().__init__()
@@ -62,6 +70,11 @@ class MaskedImage(Conditioner):
 
     def widths(self, latent_channels: int) -> Widths:
         """The channels of the latents, and the mask."""
+        return Widths(concat=latent_channels + 1)
+
+    @classmethod
+    def planned(cls, arguments: Arguments, latent_channels: int) -> Widths:
+        """The same."""
         return Widths(concat=latent_channels + 1)
 
     def forward(self, fields: Fields, keys: Tensor | None = None) -> Condition:
@@ -102,8 +115,8 @@ def _picture(fields: Fields, name: str) -> Tensor:
     if not isinstance(value, Tensor):
         raise UserError(
             f"this conditioner needs the field {name!r}, a picture as tensor [B, C, H, W]; there are: "
-            f"{', '.join(fields) or 'no fields'}. Where captions alone are at hand (sheets of samples in training) "
-            "leave it out: samples.every_n_steps=null"
+            f"{', '.join(fields) or 'no fields'}. Train from pictures (latents=null), give one when sampling "
+            "(init_image), and leave out sheets of samples in training (samples.every_n_steps=null)"
         )
     return value
 

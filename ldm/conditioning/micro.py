@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ldm.conditioning.condition import Condition, Widths
+from ldm.conditioning.condition import Arguments, Condition, Widths
 from ldm.conditioning.text import Conditioner, Fields
 from ldm.errors import UserError
 from ldm.networks.blocks import sinusoidal_embedding
@@ -40,6 +40,11 @@ class MicroConditioner(Conditioner):
     def widths(self, latent_channels: int) -> Widths:
         """The features of all numbers."""
         return Widths(vector=self.channels * len(self.default))
+
+    @classmethod
+    def planned(cls, arguments: Arguments, latent_channels: int) -> Widths:
+        """The same."""
+        return Widths(vector=int(arguments.get("channels", 256)) * len(arguments["default"]))
 
     def forward(self, fields: Fields, keys: Tensor | None = None) -> Condition:
         """The numbers' condition, see Conditioner.forward; nothing is dropped."""

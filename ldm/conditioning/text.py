@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from ldm.checkpoint import fingerprint
-from ldm.conditioning.condition import Condition, Widths
+from ldm.conditioning.condition import Arguments, Condition, Widths
+from ldm.conditioning.published import clip_widths, text_widths
 from ldm.errors import UserError, nearest
 from ldm.randomness import fold, uniform
 
@@ -28,6 +29,8 @@ class Conditioner(nn.Module, ABC):
 
     sees_mask = False
     """Whether it shows the network a picture's `mask` and what is beside it."""
+    needs_image = False
+    """Whether it is given the picture itself, which there is neither beside cached latents nor beside a prompt."""
 
     def bind(self, encode: Encode) -> None:
         """Is given the first stage's `encode`; one that shows pictures as latents keeps it."""
@@ -39,6 +42,11 @@ class Conditioner(nn.Module, ABC):
     @abstractmethod
     def widths(self, latent_channels: int) -> Widths:
         """How wide its conditions' fields are, beside latents of so many channels."""
+
+    @classmethod
+    def planned(cls, arguments: Arguments, latent_channels: int) -> Widths | None:
+        """The `widths` of one that is still to be built, from its configuration; None where that does not tell."""
+        return None
 
     @abstractmethod
     def forward(self, fields: Fields, keys: Tensor | None = None) -> Condition:
@@ -129,6 +137,11 @@ class TextConditioner(Conditioner):
         pooled = self.projection.out_features if self.projection is not None else width
         return Widths(tokens=width, vector=pooled if self.pooled else 0)
 
+    @classmethod
+    def planned(cls, arguments: Arguments, latent_channels: int) -> Widths | None:
+        """From the encoder's sizes."""
+        return text_widths(arguments["encoder"], arguments.get("projection"), bool(arguments.get("pooled")))
+
     def forward(self, fields: Fields, keys: Tensor | None = None) -> Condition:
         """The captions' condition, see Conditioner.forward; UserError where the field is missing."""
         if self.field not in fields:
@@ -152,7 +165,7 @@ class TextConditioner(Conditioner):
         if self._name is None:
             options = (self.field, self.layer, self.final_norm, self.pooled, self.mask, self.max_length)
             vocabulary = sorted(self.tokenizer.get_vocab().items())
-            told = repr((options, self.empty_as_zero, vocabulary)).encode()
+            told = repr((options, self.empty_as_zero, self.tokenizer.pad_token_id, vocabulary)).encode()
             weights = fingerprint(self.state_dict())
             self._name = f"text-{hashlib.sha256(told + weights.encode()).hexdigest()[:16]}"
         return self._name
@@ -177,8 +190,7 @@ class TextConditioner(Conditioner):
                 f"the captions were encoded beforehand by {others}, this text encoder is {self.name}: make them anew, "
                 "or encode in training (latent_text=false)"
             )
-        device, dtype = self.encoder.device, self.encoder.dtype
-        return Condition(**cast(dict[str, Tensor], own)).to(device, dtype)
+        return Condition(**cast(dict[str, Tensor], own)).to(self.encoder.device, self.encoder.dtype)
 
     def _empty_one(self) -> Condition:
         if self._empty is None or self._empty.inputs()["tokens"].device != self.encoder.device:
@@ -215,8 +227,8 @@ class TextConditioner(Conditioner):
         if not self.empty_as_zero:
             return condition
         empty = torch.tensor([caption == "" for caption in captions], dtype=torch.bool)
-        zero = Condition(**{name: torch.zeros_like(value) for name, value in condition.inputs().items()})
-        return condition.where(empty, zero)
+        zeros = {name: torch.zeros_like(value) for name, value in condition.inputs().items()}
+        return condition.where(empty, Condition(**{**zeros, "mask": condition.mask}))  # attending to nothing gives NaN
 
     def train(self, mode: bool = True) -> "TextConditioner":
         """Set the mode; a frozen encoder stays in eval mode."""
@@ -246,9 +258,8 @@ def _check(config: CLIPTextConfig, tokenizer: CLIPTokenizer, dropout: float, lay
         raise UserError(f"max_length={max_length}: the text encoder takes 2 to {config.max_position_embeddings} tokens")
     if len(tokenizer) > config.vocab_size:
         raise UserError(
-            f"the tokenizer has {len(tokenizer)} tokens, the text encoder knows {config.vocab_size}: "
-            "they are not of one model; take both from the same folder, or build the encoder for it with "
-            "clip_text_for(tokenizer, ...)"
+            f"the tokenizer has {len(tokenizer)} tokens, the text encoder knows {config.vocab_size}: they are not of "
+            "one model; take both from the same folder, or build the encoder for it with clip_text_for(tokenizer, ...)"
         )
 
 
@@ -324,11 +335,10 @@ def clip_text_from_pretrained(name_or_path: str, subfolder: str = "", leave_out_
     The last `leave_out_layers` layers are left out: SD 2 uses 23 of OpenCLIP ViT-H's 24. Raises UserError where
     it cannot be had, or has no more layers than that.
     """
-    files = "config.json, model.safetensors"
     try:
         encoder = CLIPTextModel.from_pretrained(name_or_path, subfolder=subfolder)
     except (OSError, ValueError) as error:
-        raise _not_loaded("text encoder", name_or_path, subfolder, files) from error
+        raise _not_loaded("text encoder", name_or_path, subfolder, "config.json, model.safetensors") from error
     if not 0 <= leave_out_layers < encoder.config.num_hidden_layers:
         raise UserError(
             f"leave_out_layers={leave_out_layers}: the text encoder at {name_or_path!r} has "
@@ -344,8 +354,9 @@ def clip_projection_from_pretrained(name_or_path: str, subfolder: str = "") -> n
     """The linear map of the pooled state in a text encoder's folder (or of a hub name); UserError without one."""
     files = "config.json, model.safetensors with a text_projection"
     try:
+        width = clip_widths(name_or_path, subfolder)[1]  # which transformers looks for in the wrong place (#25622)
         loaded: Any = CLIPTextModelWithProjection.from_pretrained(
-            name_or_path, subfolder=subfolder, output_loading_info=True
+            name_or_path, subfolder=subfolder, projection_dim=width, output_loading_info=True
         )
         encoder, told = loaded
     except (OSError, ValueError) as error:
@@ -360,10 +371,10 @@ def clip_projection(hidden_size: int, projection_dim: int) -> nn.Linear:
     return nn.Linear(hidden_size, projection_dim, bias=False)
 
 
-def tokenizer_from_pretrained(name_or_path: str, subfolder: str = "") -> CLIPTokenizer:
+def tokenizer_from_pretrained(name_or_path: str, subfolder: str = "", pad_token: str | None = None) -> CLIPTokenizer:
     """The tokenizer in a folder (or of a hub name); `subfolder` is "tokenizer" in a diffusers folder.
 
-    Raises UserError where it cannot be had.
+    `pad_token` is another padding than its own: OpenCLIP's is "!". Raises UserError where it cannot be had.
     """
     files = "tokenizer_config.json and tokenizer.json, or vocab.json and merges.txt"
     try:
@@ -372,6 +383,10 @@ def tokenizer_from_pretrained(name_or_path: str, subfolder: str = "") -> CLIPTok
         raise _not_loaded("tokenizer", name_or_path, subfolder, files) from error
     if len(tokenizer) <= 3:  # transformers 5 makes one of special tokens alone where it finds no files
         raise _not_loaded("tokenizer", name_or_path, subfolder, files)
+    if pad_token is not None:
+        if pad_token not in tokenizer.get_vocab():
+            raise UserError(f"pad_token={pad_token!r}: the tokenizer has no such token")
+        tokenizer.pad_token = pad_token
     return cast(CLIPTokenizer, tokenizer)
 
 

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,6 +20,7 @@ from ldm.checkpoint import RECORD as CHECKPOINT
 from ldm.config.check import build, check
 from ldm.config.compose import CONFIGS, names
 from ldm.config.devices import check_devices, pick_device
+from ldm.config.fits import check_fits
 from ldm.config.latents import use_latents
 from ldm.config.sources import inherit_first_stage, load_strictly, load_weights
 from ldm.config.stages import stage_config
@@ -57,15 +59,17 @@ def stages(cfg: DictConfig, overrides: list[str], run_folder: Path) -> tuple[lis
         folder = run_folder / name
         config = stage_config(cfg, name, overrides)
         config.stage_folder = str(folder)
+        unresolved = deepcopy(config)  # another first stage may come with first_stage_from, and widths follow it
         try:
             OmegaConf.resolve(config)
         except OmegaConfBaseException as error:
             raise UserError(f"stage {name}: {str(error).splitlines()[0]}") from error
         order = list(cfg.curriculum).index(name)
         check(config.tasks[config.task])
+        check_fits(config, [str(stage) for stage in cfg.curriculum])
         check_devices(config.trainer)
         here = resume if resume is not None and resume.parent.parent.name == name else None
-        built.append(Stage(name, folder, _builder(config, folder, order), here))
+        built.append(Stage(name, folder, _builder(unresolved, folder, order), here))
     every = {str(name): run_folder / str(name) / "model" for name in cfg.curriculum}
     return built, {name: path for name, path in every.items() if (path / "model.json").exists()}
 
@@ -100,6 +104,7 @@ def build_job(config: DictConfig, folder: Path, order: int, models: dict[str, Pa
     """A stage's objects; `models` are the finished stages' model folders by name."""
     pl.seed_everything(config.seed, workers=True, verbose=False)
     inherited = inherit_first_stage(config, models)
+    OmegaConf.resolve(config)
     datamodule = build(config.data)
     datamodule.prepare_data()
     module = cast(TrainingModule, build(config.tasks[config.task]))

@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ldm.config.check import takes
+from ldm.config.fits import fits
 from ldm.config.processes import agreed
 from ldm.errors import UserError, nearest
 
@@ -133,10 +134,11 @@ def names(node: Any, prefix: str = "") -> Iterator[str]:
 
 
 def register_resolvers() -> None:
-    """Makes `${run_dir:...}`, `${sweep_dir:...}` and `${multiply:...}` known to OmegaConf."""
+    """Makes `${run_dir:...}`, `${sweep_dir:...}`, `${multiply:...}` and `${fits:...}` known to OmegaConf."""
     OmegaConf.register_new_resolver("run_dir", lambda *given: agreed("run", _run_dir(*given)), replace=True)
     OmegaConf.register_new_resolver("sweep_dir", lambda folder: agreed("sweep", folder), replace=True)
     OmegaConf.register_new_resolver("multiply", lambda a, b: a * b, replace=True)
+    OmegaConf.register_new_resolver("fits", fits, replace=True)
 
 
 def _compose(config_name: str, overrides: list[str]) -> DictConfig:

@@ -25,6 +25,10 @@ class Bottleneck(nn.Module, ABC):
     in_factor: int = 1
     channels: int | None = None
     """C, where the bottleneck is made for one."""
+    loss_weight: float = 1.0
+    """What its loss is weighed with beside the reconstruction's, in LDM's models."""
+    sums_values: bool = False
+    """Whether the reconstruction's loss is then summed over an image's values, or their mean."""
 
     @abstractmethod
     def gaussian(self, h: Tensor) -> tuple[Tensor, Tensor]:
@@ -58,6 +62,8 @@ class KLBottleneck(Bottleneck):
     """
 
     in_factor = 2
+    loss_weight = 1e-6
+    sums_values = True
 
     def __init__(self, initial_log_var: float | None = None) -> None:
         super().__init__()
@@ -122,7 +128,9 @@ class VQBottleneck(Bottleneck):
         book = self.codebook.weight.to(torch.float32)
         pixels = z.to(torch.float32).movedim(1, -1)  # [B, h, w, C]
         lengths = book.square().sum(1)
-        near = [(lengths - 2.0 * part @ book.T).argmin(1) for part in torch.split(pixels.flatten(0, 2), CHUNK_pixels)]
+        parts = torch.split(pixels.flatten(0, 2), CHUNK_pixels)
+        with torch.autocast(z.device.type, enabled=False):  # which would round the products, and find other entries
+            near = [(lengths - 2.0 * part @ book.T).argmin(1) for part in parts]
         return torch.cat(near).view(pixels.shape[:3])
 
     def quantise(self, z: Tensor) -> Tensor:

@@ -324,6 +324,11 @@ class UNet(nn.Module):
                 f"latents of {x.shape[1]} channels and a concat of {beside} given; this UNet was built for "
                 f"in_channels={self.in_channels} of both together"
             )
+        if concat is not None and concat.shape[2:] != x.shape[2:]:
+            raise UserError(
+                f"a concat of {list(concat.shape[2:])} pixels given beside latents of {list(x.shape[2:])}; they have "
+                "to be of one size"
+            )
 
 
 def _attended(mask: Tensor | None) -> Tensor | None:

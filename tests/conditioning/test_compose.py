@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ldm.conditioning import Compose, TextConditioner
+from ldm.conditioning import Compose, MicroConditioner, TextConditioner
 from ldm.errors import UserError
 from ldm.randomness import keys
 
@@ -18,6 +18,18 @@ def test_tokens_and_vectors_stand_side_by_side(make_encoder, tokenizer):
     assert torch.equal(both.vector, large(FIELDS).vector)
     assert torch.equal(both.mask, small(FIELDS).mask)
     assert Compose([small, large]).empty(5).tokens.shape == (5, 77, 40)
+
+
+def test_vectors_stand_in_the_parts_order(make_encoder, tokenizer):
+    """SDXL's: pooled text, original size, crop, target size."""
+    parts = [
+        TextConditioner(make_encoder(), tokenizer, pooled=True),
+        MicroConditioner("original_size", [48, 64], channels=4),
+        MicroConditioner("crop", [0, 5], channels=4),
+        MicroConditioner("target_size", [32, 32], channels=4),
+    ]
+    found = Compose(parts)(FIELDS).vector
+    assert torch.equal(found, torch.cat([part(FIELDS).vector for part in parts], dim=1))
 
 
 def test_an_encoder_that_attends_to_padding_decides_the_mask(make_encoder, tokenizer):

@@ -115,6 +115,24 @@ def test_tokens_are_what_diffusers_pipelines_feed(make_encoder, tokenizer):
     assert torch.equal(TextConditioner(make_encoder(), tokenizer).tokens(captions), theirs.input_ids)
 
 
+def test_another_padding_leaves_the_words_as_they_are(make_encoder, tokenizer_folder, tokenizer):
+    """OpenCLIP's: "!" (0) pads, and in a caption "!" is the word it always was."""
+    padded = tokenizer_from_pretrained(str(tokenizer_folder), pad_token="!")
+    captions = ["a red circle!", ""]
+    theirs = tokenizer(captions)["input_ids"]
+    found = TextConditioner(make_encoder(), padded).tokens(captions).tolist()
+    assert found == [row + [0] * (77 - len(row)) for row in theirs]
+    assert TextConditioner(make_encoder(), tokenizer).name != TextConditioner(make_encoder(), padded).name
+    with pytest.raises(UserError, match="pad_token='<pad>': the tokenizer has no such token"):
+        tokenizer_from_pretrained(str(tokenizer_folder), pad_token="<pad>")
+
+
+def test_an_empty_caption_that_is_zero_still_has_tokens_to_attend_to(make_encoder, tokenizer):
+    condition = TextConditioner(make_encoder(), tokenizer, mask=True, empty_as_zero=True)(FIELDS)
+    assert condition.mask[2].tolist() == [True, True] + [False] * 75
+    assert condition.tokens[2].abs().max() == 0
+
+
 def test_an_empty_batch_has_no_tokens(make_encoder, tokenizer):
     assert TextConditioner(make_encoder(), tokenizer).tokens([]).shape == (0, 77)
 

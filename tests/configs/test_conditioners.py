@@ -12,11 +12,13 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 from ldm.conditioning import Conditioner, captions_tokenizer
 from ldm.config.build import build
 from ldm.config.compose import CONFIGS, compose
+from ldm.config.fits import planned_widths
 
 CONDITIONERS = sorted(path.stem for path in (CONFIGS / "conditioner").glob("*.yaml"))
 PICTURES = ("low_resolution", "masked_image", "clip_l_masked_image")  # what they condition on is no text
 NUMBERS = {"imagenet_class": ["3", "14", ""]}
-DROPS = ("captions", "clip_l", "openclip_h", "sdxl", "sdxl_refiner", "imagenet_class")
+TEXTS = ("captions", "captions_tiny", "captions_emoji", "captions_relations", "clip_l", "openclip_h")
+DROPS = (*TEXTS, "sdxl", "sdxl_text", "sdxl_refiner", "imagenet_class")
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +72,7 @@ def conditioner(request: pytest.FixtureRequest, tiny_shapes: Path, text_model: P
     put(node, "name_or_path", str(text_model))
     put(node, "dropout", 0.5)
     made = cast(Conditioner, build(node)).eval()
+    assert planned_widths(node, 4) == made.widths(4)
     made.bind(lambda images: torch.nn.functional.avg_pool2d(images, 4).repeat(1, 2, 1, 1)[:, :4])
     return made
 
@@ -121,4 +124,5 @@ def test_dropout_takes_its_share_and_depends_on_the_visit_alone(conditioner: Con
 
 def test_every_conditioner_that_drops_is_tested_for_it() -> None:
     texts = {path.stem for path in (CONFIGS / "conditioner").glob("*.yaml") if "dropout" in path.read_text()}
-    assert texts - {"openclip_h"} == set(DROPS) - {"openclip_h"} | {"clip_l_masked_image"}
+    inherits = {"openclip_h", "captions_tiny", "captions_emoji", "captions_relations"}
+    assert texts - inherits == set(DROPS) - inherits | {"clip_l_masked_image"}

@@ -43,6 +43,7 @@ CONDITIONERS = {
     "clip_l": [123_060_480],
     "openclip_h": [340_387_840],
     "sdxl": [123_060_480, 694_659_840],
+    "sdxl_text": [123_060_480, 694_659_840],
     "sdxl_refiner": [694_659_840],
     "clip_l_masked_image": [123_060_480],
 }
@@ -91,7 +92,10 @@ def test_published_text_encoders(name: str, monkeypatch: pytest.MonkeyPatch) -> 
             super().__init__()
             self.text_projection = clip_projection(width, width)
 
-    def projected(name_or_path: str, subfolder: str = "", output_loading_info: bool = False) -> Any:
+    def projected(
+        name_or_path: str, subfolder: str = "", projection_dim: int = 512, output_loading_info: bool = False
+    ) -> Any:
+        assert projection_dim == HUB[name_or_path]["hidden_size"]
         return Projected(HUB[name_or_path]["hidden_size"]), {"missing_keys": []}
 
     monkeypatch.setattr(CLIPTextModel, "from_pretrained", encoder)

@@ -7,7 +7,7 @@ import torch
 
 from ldm.errors import UserError
 from ldm.first_stage.autoencoder import FirstStage
-from ldm.first_stage.bottleneck import KLBottleneck
+from ldm.first_stage.bottleneck import KLBottleneck, VQBottleneck
 from ldm.networks.autoencoder import Decoder, Encoder
 
 
@@ -59,6 +59,32 @@ def test_a_cast_keeps_the_statistics_in_float32() -> None:
     z = first_stage.encode(torch.zeros(1, 3, 8, 8))
     assert z.dtype == torch.float32
     assert first_stage.decode(z).dtype == torch.bfloat16
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("codebook", [False, True])
+def test_half_precision_autocast_and_memory_layout_are_close(codebook: bool) -> None:
+    torch.manual_seed(0)
+    encoder, decoder = Encoder(3, 8, (1, 2), 1, 2 if codebook else 4, groups=4), Decoder(2, 8, (1, 2), 1, groups=4)
+    bottleneck = VQBottleneck(64, 2) if codebook else KLBottleneck()
+    for entries in bottleneck.parameters():
+        torch.nn.init.normal_(entries)
+    first_stage = FirstStage(encoder, bottleneck, decoder, 2, latent_std=0.5)
+    images = torch.rand(2, 3, 12, 20) * 2 - 1
+    given = torch.randn(1, 2, 6, 10)
+    wanted, decoded = first_stage.encode(images), first_stage.decode(given)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = [first_stage.encode(images)]
+        shown = [first_stage.decode(given)]
+    first_stage.to(memory_format=torch.channels_last)
+    torch.testing.assert_close(first_stage.encode(images), wanted, atol=1e-5, rtol=1e-4)
+    first_stage.bfloat16()
+    found.append(first_stage.encode(images))
+    shown.append(first_stage.decode(given))
+    for z, image in zip(found, shown, strict=True):
+        assert z.dtype == torch.float32
+        assert (z - wanted).norm() < 3e-2 * wanted.norm()
+        assert (image.float() - decoded).norm() < 3e-2 * decoded.norm()
 
 
 def test_it_can_be_built_without_memory_and_filled() -> None:

@@ -58,6 +58,16 @@ def test_a_codebook_gives_the_nearest_entry() -> None:
     assert bottleneck.finish(z)[0, :, 0].T.tolist() == [[1.0, 0.0], [0.0, 1.0]]
 
 
+def test_autocast_finds_the_same_entries() -> None:
+    torch.manual_seed(0)
+    bottleneck = VQBottleneck(512, 3)
+    torch.nn.init.normal_(bottleneck.codebook.weight)
+    z = torch.randn(2, 3, 16, 16)
+    plain = bottleneck.indices(z)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(bottleneck.indices(z), plain)
+
+
 def test_the_codebook_loss_moves_features_and_entries_together() -> None:
     bottleneck = book()
     z = torch.tensor([0.9, 0.2]).view(1, 2, 1, 1).requires_grad_()

@@ -86,11 +86,50 @@ def test_branches_begin_at_random_where_asked() -> None:
     assert all(block.res.conv_2.weight.std() > 0 and block.attention.proj_out.weight.std() > 0 for block in blocks)
 
 
-@pytest.mark.parametrize("size", [(8, 8), (9, 7), (5, 12)])
-def test_any_size_comes_back(size: tuple[int, int]) -> None:
-    unet = tiny(channel_mult=(1, 2, 2), attention_levels=(False, True, False))
+@pytest.mark.parametrize("resample_blocks", [False, True], ids=["convolutions", "blocks"])
+@pytest.mark.parametrize("size", [(8, 8), (9, 7), (20, 36), (33, 17), (1, 3)])
+def test_any_size_comes_back(size: tuple[int, int], resample_blocks: bool) -> None:
+    levels = dict(channel_mult=(1, 1, 2, 2), attention_levels=(False, True, False, True))
+    unet = tiny(**levels, resample_blocks=resample_blocks)
     out = unet(torch.randn(1, 4, *size), torch.zeros(1), torch.randn(1, 3, 12))
-    assert out.shape == (1, 4, *size)
+    assert out.shape == (1, 4, *size) and out.isfinite().all()
+
+
+def inputs_of(unet: UNet) -> dict[str, torch.Tensor]:
+    """A batch of two that uses every input, of a UNet with in_channels=6 and vector_dim=5; half of it masked."""
+    torch.manual_seed(1)
+    mask = torch.tensor([[True, True, False], [True, False, False]])
+    tokens, vector = torch.randn(2, 3, 12), torch.randn(2, 5)
+    x, concat = torch.randn(2, 4, 20, 12), torch.randn(2, 2, 20, 12)
+    return dict(x=x, t=torch.tensor([10.0, 500.0]), tokens=tokens, mask=mask, vector=vector, concat=concat)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 3e-2), (torch.float16, 4e-3)])
+def test_half_precision_weights_and_autocast_are_close(dtype: torch.dtype, tolerance: float) -> None:
+    unet = tiny(in_channels=6, vector_dim=5)
+    given = inputs_of(unet)
+    wanted = unet(**given)
+    with torch.autocast("cpu", dtype):
+        cast = unet(**given)
+    half = {
+        name: value.to(dtype) if value.is_floating_point() and name != "t" else value for name, value in given.items()
+    }
+    out = unet.to(dtype)(**half)
+    assert out.dtype == dtype
+    for found in (cast, out):
+        assert (found.float() - wanted).norm() < tolerance * wanted.norm()
+
+
+@torch.no_grad()
+def test_memory_layout_and_batch_change_nothing() -> None:
+    unet = tiny(in_channels=6, vector_dim=5)
+    given = inputs_of(unet)
+    wanted = unet(**given)
+    alone = unet(**{name: value[1:] for name, value in given.items()})
+    torch.testing.assert_close(alone, wanted[1:], atol=1e-5, rtol=1e-4)
+    last = unet.to(memory_format=torch.channels_last)(**given)
+    torch.testing.assert_close(last, wanted, atol=1e-5, rtol=1e-4)
 
 
 def test_every_input_matters() -> None:
@@ -112,6 +151,12 @@ def test_a_mask_hides_tokens_as_if_they_were_not_there() -> None:
     x, t, tokens = torch.randn(1, 4, 8, 8), torch.zeros(1), torch.randn(1, 5, 12)
     mask = torch.tensor([[True, True, True, False, False]])
     torch.testing.assert_close(unet(x, t, tokens, mask), unet(x, t, tokens[:, :3]))
+
+
+def test_a_concat_of_another_size_is_refused() -> None:
+    unet = tiny(in_channels=6)
+    with pytest.raises(UserError, match=r"a concat of \[4, 4\] pixels given beside latents of \[8, 8\]"):
+        unet(torch.randn(1, 4, 8, 8), torch.zeros(1), torch.randn(1, 3, 12), concat=torch.randn(1, 2, 4, 4))
 
 
 def test_unconditional_and_scale_shift() -> None:
