@@ -150,7 +150,7 @@ def _tokenizer(node: Node, own: str, folder: ModelFolder) -> Tokenizer:
     subfolder = str(node.get("subfolder") or "")
     if name == own and folder.tokenizer is not None:
         return tokenizer_files(folder.tokenizer / subfolder)
-    return load_tokenizer(name, subfolder)
+    return load_tokenizer(name, subfolder, node.get("pad_token"))
 
 
 def tokenizer_files(folder: Path) -> Tokenizer:

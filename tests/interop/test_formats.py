@@ -11,11 +11,12 @@ from ldm.checkpoint import load_tensors, save_tensors
 from ldm.config.build import load_trained
 from ldm.interop.convert import cast, convert, main, read
 from ldm.interop.diffusers_folder import write_diffusers
-from ldm.interop.own_folder import write_own
+from ldm.interop.model_folder import find_model_folder
+from ldm.interop.own_folder import package_of, write_own
 from ldm.interop.package import Architecture, Package, shapes_of_first_stage
 from ldm.interop.single_file import write_single_file
 
-from .tiny import first_stage, package, same, weights
+from .tiny import first_stage, package, same, tokenizer, weights
 
 FAMILIES = ["sd1", "sd2", "sdxl", "refiner", "inpainting"]
 
@@ -177,3 +178,14 @@ def test_large_weights_are_written_in_shards(tmp_path: Path) -> None:
     index = json.loads((tmp_path / "out" / "unet" / "diffusion_pytorch_model.safetensors.index.json").read_text())
     assert len(set(index["weight_map"].values())) > 3
     same(read(tmp_path / "out").state, model.state)
+
+
+def test_the_padding_that_a_configuration_names_travels(tmp_path: Path) -> None:
+    """OpenCLIP's, beside a tokenizer of the hub whose files say another."""
+    write_own(package("sd1", tmp_path), tmp_path / "model")
+    tokenizer(tmp_path / "hub")
+    file = tmp_path / "model" / "config.yaml"
+    node = f"    name_or_path: {tmp_path / 'hub'}\n    pad_token: '!'\n"
+    file.write_text(file.read_text().replace("    name_or_path: tokenizer\n", node))
+    found = package_of(find_model_folder(tmp_path / "model", "diffusion"), "ema")
+    assert json.loads(found.tokenizers[0]["tokenizer_config.json"])["pad_token"] == "!"
