@@ -6,7 +6,7 @@ import pytest
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from ldm.config.compose import CONFIGS
+from ldm.config.compose import CONFIGS, register_resolvers
 from ldm.interop import diffusers_config, recognise
 from ldm.interop.names import first_stage_as_compvis, first_stage_to_compvis, first_stage_to_diffusers
 from ldm.interop.package import Architecture, Text, made, require_fitting, shapes_of_first_stage, shapes_of_network
@@ -49,16 +49,18 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 
 def shipped(group: str, name: str) -> dict[str, Any]:
-    """A shipped configuration's values."""
+    """A shipped configuration's values, beside the first stage and the conditioner of SD 1."""
 
-    def node(name: str) -> DictConfig:
+    def node(group: str, name: str) -> DictConfig:
         own = OmegaConf.load(CONFIGS / group / f"{name}.yaml")
         assert isinstance(own, DictConfig)
         for base in own.pop("defaults", []):
-            own = OmegaConf.merge(node(base), own)  # type: ignore[assignment]
+            own = OmegaConf.merge(node(group, base), own)  # type: ignore[assignment]
         return own
 
-    whole = OmegaConf.create({group: node(name)})
+    register_resolvers()
+    parts = {"first_stage": "kl_f8", "conditioner": "clip_l", group: name}
+    whole = OmegaConf.create({part: node(part, chosen) for part, chosen in parts.items()})
     values: dict[str, Any] = OmegaConf.to_container(whole[group], resolve=True)  # type: ignore[assignment]
     return values
 
