@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from ldm.training.freed_memory import MMAP_THRESHOLD, TRIM_THRESHOLD, LARGEST_bytes
+
 Run = Callable[[], object]
 Clock = Callable[[], float]
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
@@ -101,9 +103,8 @@ def give_freed_memory_back() -> None:
     """glibc's way of keeping freed memory after it has run for a while: thresholds that only grow, to these limits."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
-        mmap_threshold = 32 << 20  # malloc.c: DEFAULT_MMAP_THRESHOLD_MAX on 64 bits; twice that for the trimming
-        for parameter, value in ((-3, mmap_threshold), (-1, 2 * mmap_threshold)):
-            libc.mallopt(parameter, value)
+        libc.mallopt(MMAP_THRESHOLD, LARGEST_bytes)  # malloc.c: DEFAULT_MMAP_THRESHOLD_MAX on 64 bits
+        libc.mallopt(TRIM_THRESHOLD, 2 * LARGEST_bytes)
         libc.malloc_trim(0)
 
 

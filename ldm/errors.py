@@ -1,6 +1,6 @@
-"""What a user can cause: one error type, and the nearest names to offer."""
+"""What a user can cause: one error type, the nearest names to offer, and lists that stay short."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 
 
@@ -18,3 +18,9 @@ def nearest(name: str, allowed: Iterable[str], n: int = 3) -> str:
     if close:
         return f"did you mean {', '.join(close)}?"
     return f"allowed: {', '.join(names)}" if names else "nothing is allowed here"
+
+
+def listed(items: Sequence[str], separator: str = "; ", most: int = 8) -> str:
+    """The first items, and how many more there are."""
+    more = f" and {len(items) - most} more" if len(items) > most else ""
+    return separator.join(items[:most]) + more

@@ -65,7 +65,7 @@ class Unconditional(Conditioner):
 
     def widths(self, latent_channels: int) -> Widths:
         """None has any."""
-        return Widths()
+        return self.planned({}, latent_channels)
 
     @classmethod
     def planned(cls, arguments: Arguments, latent_channels: int) -> Widths:

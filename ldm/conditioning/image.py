@@ -25,7 +25,7 @@ class LowResolution(Conditioner):
 
     def widths(self, latent_channels: int) -> Widths:
         """The channels of a picture."""
-        return Widths(concat=3)
+        return self.planned({}, latent_channels)
 
     @classmethod
     def planned(cls, arguments: Arguments, latent_channels: int) -> Widths:
@@ -70,7 +70,7 @@ class MaskedImage(Conditioner):
 
     def widths(self, latent_channels: int) -> Widths:
         """The channels of the latents, and the mask."""
-        return Widths(concat=latent_channels + 1)
+        return self.planned({}, latent_channels)
 
     @classmethod
     def planned(cls, arguments: Arguments, latent_channels: int) -> Widths:

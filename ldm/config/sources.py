@@ -13,13 +13,13 @@ from torch import Tensor, nn
 
 from ldm.conditioning.text import TextConditioner
 from ldm.config.check import build
-from ldm.errors import UserError, nearest
+from ldm.errors import UserError, listed, nearest
 from ldm.first_stage.autoencoder import FirstStage
 from ldm.interop.convert import read
 from ldm.interop.diffusers_folder import is_diffusers
 from ldm.interop.model_folder import ModelFolder, find_model_folder
 from ldm.interop.own_folder import first_stage_node, tokenizer_files, vocabulary
-from ldm.interop.package import Tokenizer
+from ldm.interop.package import Tokenizer, part_of
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.training.frozen import note_origin
 from ldm.training.module import TrainingModule
@@ -83,8 +83,7 @@ def _of_model_folder(path: Path, kind: str) -> Weights:
         own = [tokenizer_files(folder.tokenizer)] if folder.tokenizer is not None else []
         return Weights(state, str(folder.path), node, prediction=_predicted(config), tokenizers=own)
     if folder.record["kind"] != kind:
-        prefix = "first_stage."
-        state = {name.removeprefix(prefix): t for name, t in state.items() if name.startswith(prefix)}
+        state = part_of(state, "first_stage.")
     return Weights(state, str(folder.path), node)
 
 
@@ -288,6 +287,5 @@ def _load(module: nn.Module, state: Mapping[str, Tensor], origin: str) -> None:
         if name in state and own[name].shape != state[name].shape
     ]
     if wrong:
-        more = f" and {len(wrong) - 8} more" if len(wrong) > 8 else ""
-        raise UserError(f"the weights in {origin} don't fit the model: {'; '.join(wrong[:8])}{more}")
+        raise UserError(f"the weights in {origin} don't fit the model: {listed(wrong)}")
     module.load_state_dict(state)

@@ -14,7 +14,7 @@ from torch import Tensor
 from ldm.conditioning.text import TextConditioner, clip_text_for, tokenizer_from_pretrained
 from ldm.errors import UserError
 from ldm.interop.model_folder import ModelFolder, write_model_folder
-from ldm.interop.package import Architecture, Package, Text, Tokenizer, require_fitting
+from ldm.interop.package import Architecture, Package, Text, Tokenizer, part_of, require_fitting
 
 Node = dict[str, Any]
 TEXT, NUMBERS = "ldm.conditioning.text.TextConditioner", "ldm.conditioning.micro.MicroConditioner"
@@ -58,8 +58,7 @@ def _package_of(folder: ModelFolder, config: Node, weights: str) -> Package:
         if node["_target_"] == TEXT:
             if i != len(texts):
                 raise UserError("the text encoders have to stand before the others in conditioner.conditioners")
-            part = {name[len(prefix) :]: tensor for name, tensor in state.items() if name.startswith(prefix)}
-            texts.append(_text(node, part))
+            texts.append(_text(node, part_of(state, prefix)))
             tokenizers.append(_tokenizer(node["tokenizer"], str(config.get("tokenizer_path")), folder))
         elif node["_target_"] == MASKED and node.get("mask_first", True) and texts:
             masked = True

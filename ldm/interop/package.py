@@ -8,14 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from ldm.conditioning.text import clip_projection, clip_text_from_config
-from ldm.errors import UserError
+from ldm.errors import UserError, listed
 from ldm.first_stage.autoencoder import FirstStage
 from ldm.first_stage.bottleneck import Bottleneck, KLBottleneck, VQBottleneck
 from ldm.interop.names import Piece
 from ldm.networks.autoencoder import Decoder, Encoder
 from ldm.networks.unet import UNet
 
-SHOWN = 8  # of what does not fit, this many are named
 Tokenizer = dict[str, str]
 """A tokenizer's files by name."""
 
@@ -115,7 +114,7 @@ class Package:
 
     def part(self, prefix: str) -> dict[str, Tensor]:
         """The weights under a prefix, without it."""
-        return {name[len(prefix) :]: t for name, t in self.state.items() if name.startswith(prefix)}
+        return part_of(self.state, prefix)
 
     def with_state(self, state: dict[str, Tensor]) -> "Package":
         """The same model with other weights."""
@@ -161,9 +160,8 @@ def require_finite(package: Package, origin: str) -> None:
     """UserError that names the weights that hold NaN or infinities."""
     wrong = [name for name, t in package.state.items() if t.is_floating_point() and not _is_finite(t)]
     if wrong:
-        more = f" and {len(wrong) - SHOWN} more" if len(wrong) > SHOWN else ""
         raise UserError(
-            f"the weights in {origin} are damaged, there are NaN or infinities in {', '.join(wrong[:SHOWN])}{more}; "
+            f"the weights in {origin} are damaged, there are NaN or infinities in {listed(wrong, ', ')}; "
             "download or train them again"
         )
 
@@ -237,6 +235,11 @@ def taken(
     return found
 
 
+def part_of(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors under a prefix, without it."""
+    return {name[len(prefix) :]: tensor for name, tensor in state.items() if name.startswith(prefix)}
+
+
 def made(state: Mapping[str, Tensor], pieces: list[Piece], prefix: str = "") -> dict[str, Tensor]:
     """Another layout's tensors, made of ours."""
     return {prefix + piece.theirs: piece.of(state).contiguous() for piece in pieces}
@@ -245,8 +248,7 @@ def made(state: Mapping[str, Tensor], pieces: list[Piece], prefix: str = "") -> 
 def refuse(wrong: list[str], origin: str) -> None:
     """UserError that lists what is wrong with the weights, where anything is."""
     if wrong:
-        more = f" and {len(wrong) - SHOWN} more" if len(wrong) > SHOWN else ""
-        raise UserError(f"the weights in {origin} don't fit: {'; '.join(wrong[:SHOWN])}{more}")
+        raise UserError(f"the weights in {origin} don't fit: {listed(wrong)}")
 
 
 def _core(tensor: Tensor) -> tuple[int, ...]:

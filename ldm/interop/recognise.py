@@ -33,28 +33,30 @@ FIRST_STAGE = "first_stage_model."
 
 def refuse_adapters(names: list[str], origin: str) -> None:
     """UserError where these are the names of a LoRA, a ControlNet or another part that is trained on top of a model."""
-    for kind, pattern in ADAPTERS.items():
-        found = next((name for name in names if re.search(pattern, name)), None)
-        if found is not None:
-            raise UserError(
-                f"{origin} holds {kind} ({found}), which is trained on top of a model and is none by itself; "
-                "give the file of the model"
-            )
+    if told := _first(ADAPTERS, names):
+        raise UserError(
+            f"{origin} holds {told[0]} ({told[1]}), which is trained on top of a model and is none by itself; "
+            "give the file of the model"
+        )
 
 
 def unknown(names: list[str], origin: str) -> UserError:
     """The error for a file that is neither a model nor a first stage."""
-    for kind, pattern in PARTS.items():
-        found = next((name for name in names if re.search(pattern, name)), None)
-        if found is not None:
-            return UserError(
-                f"{origin} holds {kind} alone ({found}); give the file of the whole model, or the diffusers folder "
-                "that it is a part of"
-            )
+    if told := _first(PARTS, names):
+        return UserError(
+            f"{origin} holds {told[0]} alone ({told[1]}); give the file of the whole model, or the diffusers folder "
+            "that it is a part of"
+        )
     return UserError(
         f"{origin} is no model that is known here: it has neither a UNet ({UNET}*) nor a first stage (encoder.*, "
         f"decoder.*) in CompVis' or sgm's layout; its tensors begin with {', '.join(sorted(names)[:3]) or 'nothing'}"
     )
+
+
+def _first(kinds: Mapping[str, str], names: list[str]) -> tuple[str, str] | None:
+    """The first of the kinds whose pattern a name has, and that name."""
+    found = ((kind, name) for kind, pattern in kinds.items() for name in names if re.search(pattern, name))
+    return next(found, None)
 
 
 def network_arguments(state: State, origin: str) -> dict[str, Any]:

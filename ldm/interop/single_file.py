@@ -33,6 +33,7 @@ from ldm.interop.package import (
     Text,
     is_masked,
     made,
+    part_of,
     require_fitting,
     shapes_of_first_stage,
     shapes_of_network,
@@ -272,10 +273,6 @@ def _modern(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {names[name]: tensor for name, tensor in tensors.items()}
 
 
-def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name[len(prefix) :]: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-
-
 def _recognised(
     tensors: dict[str, Tensor], told: _Told, origin: str, prediction: str | None, notes: list[str]
 ) -> tuple[Architecture, dict[str, Tensor]]:
@@ -283,7 +280,7 @@ def _recognised(
 
     `notes` gets what had to be assumed.
     """
-    network = recognise.network_arguments(_part(tensors, UNET), origin)
+    network = recognise.network_arguments(part_of(tensors, UNET), origin)
     texts, numbers, unused = _conditions(tensors, origin)
     predicted, size = told.prediction() or prediction, (1024, 1024) if numbers else (512, 512)
     if not numbers and texts[0].config["act"] == "gelu":  # SD 2
@@ -296,7 +293,7 @@ def _recognised(
         size = (768, 768) if predicted == "V" else size
     if told.other_levels():
         notes.append(f"{origin} has other noise levels (alphas_cumprod) than Stable Diffusion's, which are assumed")
-    given = _part(tensors, FIRST_STAGE)
+    given = part_of(tensors, FIRST_STAGE)
     if not given:
         raise UserError(f"{origin} has no first stage ({FIRST_STAGE}*): give the whole model's file, one with its VAE")
     first_stage = recognise.first_stage_arguments(given, origin)
@@ -317,17 +314,17 @@ def _conditions(
     tensors: dict[str, Tensor], origin: str
 ) -> tuple[tuple[Text, ...], tuple[dict[str, Any], ...], tuple[str, ...]]:
     """The text encoders, the numbers beside them, and the beginnings of the names that are not used."""
-    if clip := _part(tensors, "conditioner.embedders.0.transformer.text_model."):
-        big = _part(tensors, "conditioner.embedders.1.model.")
+    if clip := part_of(tensors, "conditioner.embedders.0.transformer.text_model."):
+        big = part_of(tensors, "conditioner.embedders.1.model.")
         first = recognise.clip_text(clip, origin, **LAST, empty_as_zero=True)
         second = recognise.open_clip_text(big, origin, True, **LAST, pooled=True, empty_as_zero=True)
         return (first, second), (*SIZES, TARGET), ()
-    if big := _part(tensors, "conditioner.embedders.0.model."):
+    if big := part_of(tensors, "conditioner.embedders.0.model."):
         return (recognise.open_clip_text(big, origin, True, **LAST, pooled=True),), (*SIZES, SCORE), ()
-    if tower := _part(tensors, "cond_stage_model.model."):
+    if tower := part_of(tensors, "cond_stage_model.model."):
         text, unused = _sd2_text(tower, origin)
         return (text,), (), unused
-    if clip := _part(tensors, "cond_stage_model.transformer.text_model."):
+    if clip := part_of(tensors, "cond_stage_model.transformer.text_model."):
         return (recognise.clip_text(clip, origin),), (), ()
     raise UserError(
         f"{origin} holds a UNet without a text encoder that is known here (conditioner.embedders.*, "

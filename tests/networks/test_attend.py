@@ -7,12 +7,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from ldm.networks import attend as choice
 from ldm.networks.attend import attend
-
-
-def plain(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    scores = q @ k.transpose(2, 3) / q.shape[-1] ** 0.5
-    scores = scores if mask is None else scores.masked_fill(~mask, -torch.inf)
-    return scores.softmax(-1) @ v
+from tests.networks.test_chunked_attention import plain
 
 
 @pytest.mark.parametrize("masked", [False, True])
