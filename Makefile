@@ -39,7 +39,7 @@ $(VENV)/stamp-test: $(VENV)/stamp
 	@touch $@
 
 quickstart: $(VENV)/stamp
-	$(BIN)/python -m ldm.data.shapes data/shapes --train 8000
+	$(BIN)/python -m ldm.examples.shapes data/shapes --train 8000
 	$(BIN)/python train.py experiment=quickstart resume=auto
 	$(BIN)/python evaluate.py checkpoint=outputs/quickstart out=outputs/quickstart/evaluation \
 		sampler=dpmpp_2m grid=trailing steps=12 guidance_scale=[1,2] n=128

@@ -8,18 +8,18 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 from tqdm import tqdm
 
-from ldm.config.axes import Axes
+from ldm.commands.axes import Axes
+from ldm.commands.png_metadata import again, compare, origin_of, read_facts, require_same_model
+from ldm.commands.sample_plan import Planned, fitted, plan
+from ldm.commands.sampling_job import Production, produce
 from ldm.config.build import open_trained, warn_without_dropout
 from ldm.config.command import command
 from ldm.config.devices import devices_of
-from ldm.config.plan import Planned, fitted, plan
-from ldm.config.produce import Production, produce
-from ldm.config.remake import again, compare, origin_of, read_facts, require_same_model
-from ldm.config.versions import versions
 from ldm.errors import UserError
 from ldm.evaluation.contact_sheet import contact_sheet
 from ldm.evaluation.grids import labelled_grid
 from ldm.generation import open_image
+from ldm.versions import versions
 
 TEXTS = ("prompt", "negative_prompt", "prompts", "init_image", "mask", "from", "grid.x", "grid.y", "grid.z")
 MOST = 64  # pictures on a sheet without axes

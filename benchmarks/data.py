@@ -28,13 +28,13 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from benchmarks.data_rates import Clock, Rate, latent_rates, plan_rates, token_rates
-from ldm.data.datamodule import ShardDataModule
-from ldm.data.decode import DECODERS, cover_size
-from ldm.data.fetch import as_images
-from ldm.data.index import load_manifest
-from ldm.data.loader import StepLoader
-from ldm.data.shard_source import ShardSource
-from ldm.data.shards import write_shard
+from ldm.data.loading.datamodule import ShardDataModule
+from ldm.data.loading.decode import DECODERS, cover_size
+from ldm.data.loading.fetch import as_images
+from ldm.data.loading.loader import StepLoader
+from ldm.data.loading.shard_source import ShardSource
+from ldm.data.shards.index import load_manifest
+from ldm.data.shards.shards import write_shard
 
 SIZE, BATCH = 256, 32
 SIDES = (512, 640, 768, 896, 1024)

@@ -12,14 +12,14 @@ from PIL import Image
 
 from ldm.conditioning.text import TextConditioner, clip_text_for
 from ldm.conditioning.tokenizer import captions_tokenizer
-from ldm.data.batch import Batch
-from ldm.data.cache import Encoders, Work, write_latents
-from ldm.data.datamodule import ShardDataModule
-from ldm.data.latents import LatentRecord, LatentSource
-from ldm.data.loader import StepLoader
-from ldm.data.plan import Plan
-from ldm.data.shard_source import ShardSource
-from ldm.data.shards import write_shard
+from ldm.data.loading.batch import Batch
+from ldm.data.loading.cache import Encoders, Work, write_latents
+from ldm.data.loading.datamodule import ShardDataModule
+from ldm.data.loading.latents import LatentRecord, LatentSource
+from ldm.data.loading.loader import StepLoader
+from ldm.data.loading.shard_source import ShardSource
+from ldm.data.order.plan import Plan
+from ldm.data.shards.shards import write_shard
 
 SAMPLES = 400_000_000  # of the plan
 WORDS = "a photograph of red mountain lake at evening two dogs running old house under tall trees beside still water"

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from benchmarks import side_by_side as bench
 from benchmarks.side_by_side import Contender, Run
 from ldm.first_stage.autoencoder import FirstStage
-from ldm.first_stage.bottleneck import KLBottleneck
+from ldm.first_stage.regularizer import KLRegularizer
 from ldm.interop.names import first_stage_to_diffusers, unet_to_diffusers
 from ldm.networks.autoencoder import Decoder, Encoder
 from ldm.networks.unet import UNet
@@ -177,7 +177,7 @@ def unet_train(s: Settings) -> list[Contender]:
 def our_autoencoder(s: Settings) -> FirstStage:
     torch.manual_seed(0)
     width, mult = s.first_stage_channels, (1, 2, 4, 4)
-    return FirstStage(Encoder(3, width, mult, 2, 8), KLBottleneck(), Decoder(4, width, mult, 2), latent_channels=4)
+    return FirstStage(Encoder(3, width, mult, 2, 8), KLRegularizer(), Decoder(4, width, mult, 2), latent_channels=4)
 
 
 def their_autoencoder(s: Settings) -> nn.Module:
@@ -238,8 +238,8 @@ def autoencoder_train(s: Settings) -> list[Contender]:
         model.train()
 
         def ours() -> Tensor:
-            reconstruction, bottlenecked = model(images, noise)
-            return (reconstruction.float() - images).abs().mean() + 1e-6 * bottlenecked.loss.float().mean()
+            reconstruction, regularized = model(images, noise)
+            return (reconstruction.float() - images).abs().mean() + 1e-6 * regularized.loss.float().mean()
 
         def theirs() -> Tensor:
             posterior = model.encode(images).latent_dist

@@ -30,8 +30,8 @@ from torch import Tensor
 from benchmarks import side_by_side as bench
 from benchmarks.network_cases import CASES, Settings, our_unet
 from benchmarks.side_by_side import Contender, progress
-from ldm.config.versions import versions
 from ldm.networks.attend import MATRIX_UNITS
+from ldm.versions import versions
 
 AGREE = 1e-3  # ||difference|| / ||value|| of both sides' outputs in float32, before anything is timed
 

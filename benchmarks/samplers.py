@@ -113,7 +113,7 @@ def diffusers_noise(noise: Tensor) -> Iterator[None]:
 def our_run(entry: Peer, denoiser: Denoiser, z: Tensor, noise: Tensor) -> tuple[Callable[[], object], ...]:
     """What is done once for a run, and the run of 50 steps itself."""
     denoiser.prepare(entry.times)  # remembered for all runs
-    denoise, steps = denoiser.given({}), steps_of(entry.times, SCHEDULE, len(z))
+    denoise, steps = denoiser.bind({}), steps_of(entry.times, SCHEDULE, len(z))
     return (
         lambda: steps_of(entry.times, SCHEDULE, len(z)),
         lambda: entry.sampler(denoise, z, steps, lambda shape: noise),

@@ -47,19 +47,19 @@ class LatentDiffusion(nn.Module):
         return self
 
     @torch.no_grad()
-    def latents(self, images: Tensor, keys: Tensor) -> Tensor:
+    def latents(self, images: Tensor, rng_keys: Tensor) -> Tensor:
         """Normalised latents z0 [B, C, h, w] of images [B, 3, H, W] in [-1, 1], a sample of the posterior.
 
-        The sample is drawn from `keys` [B], so it is a fresh one at each visit.
+        The sample is drawn from `rng_keys` [B], so it is a fresh one at each visit.
         """
         factor = self.first_stage.factor
         shape = (self.first_stage.latent_channels, images.shape[2] // factor, images.shape[3] // factor)
-        return self.first_stage.encode(images, normal(fold(keys, "posterior"), shape))
+        return self.first_stage.encode(images, normal(fold(rng_keys, "posterior"), shape))
 
-    def drawn_latents(self, moments: Tensor, keys: Tensor) -> Tensor:
+    def sample_from_moments(self, moments: Tensor, rng_keys: Tensor) -> Tensor:
         """The same of moments [B, 2, C, h, w] that the first stage made beforehand; the sample is a fresh one too."""
         mean, std = moments.to(torch.float32).unbind(1)
-        return mean + std * normal(fold(keys, "posterior"), tuple(mean.shape[1:]))
+        return mean + std * normal(fold(rng_keys, "posterior"), tuple(mean.shape[1:]))
 
 
 def check_latents(network: NetworkWidths, latent_channels: int, widths: Widths) -> None:

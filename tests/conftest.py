@@ -22,7 +22,7 @@ logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
 @pytest.fixture(scope="session")
 def tiny_shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of 64 training and 16 validation pictures of 32 px, in shards."""
-    from ldm.data import shapes
+    from ldm.examples import shapes
 
     out = tmp_path_factory.mktemp("shapes")
     shapes.main([str(out), "--train", "64", "--val", "16", "--size", "32", "--per-shard", "32"])

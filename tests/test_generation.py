@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ldm.conditioning import Compose, MaskedImage
 from ldm.conditioning.condition import Condition, Widths
 from ldm.conditioning.text import Conditioner
-from ldm.data.batch import Batch
+from ldm.data.loading.batch import Batch
 from ldm.diffusion.criterion import L2
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.loss import DiffusionLoss
@@ -21,7 +21,7 @@ from ldm.diffusion.time_density import Uniform as UniformTimes
 from ldm.diffusion.weighting import Uniform
 from ldm.errors import UserError
 from ldm.first_stage.autoencoder import FirstStage
-from ldm.first_stage.bottleneck import KLBottleneck
+from ldm.first_stage.regularizer import KLRegularizer
 from ldm.generation import Generator, Request, SamplingSettings
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.networks.autoencoder import Decoder, Encoder
@@ -63,7 +63,7 @@ def model(in_channels: int = 4, beside: MaskedImage | None = None) -> LatentDiff
         unet = UNet(in_channels, 4, 16, (1, 2), 1, (False, True), head_channels=16, context_dim=8, groups=8)
         for parameter in unet.parameters():  # what begins at zero says nothing
             nn.init.normal_(parameter, 0.0, 0.1)
-        parts = Encoder(3, 8, (1, 1, 1), 1, 8, groups=4), KLBottleneck(), Decoder(4, 8, (1, 1, 1), 1, 3, groups=4)
+        parts = Encoder(3, 8, (1, 1, 1), 1, 8, groups=4), KLRegularizer(), Decoder(4, 8, (1, 1, 1), 1, 3, groups=4)
         first_stage = FirstStage(*parts, latent_channels=4)
     conditioner = Lengths() if beside is None else Compose([Lengths(), beside])
     return LatentDiffusion(Denoiser(unet, ScaledLinear(), V()), conditioner, first_stage).eval()

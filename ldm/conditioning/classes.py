@@ -48,13 +48,13 @@ class ClassConditioner(Conditioner):
         """The same."""
         return Widths(tokens=int(arguments["dim"]))
 
-    def forward(self, fields: Fields, keys: Tensor | None = None) -> Condition:
+    def forward(self, fields: Fields, rng_keys: Tensor | None = None) -> Condition:
         """The classes' condition, see Conditioner.forward; UserError where the field or a class is unknown."""
         if self.field not in fields:
             raise UserError(f"the batch has no field {self.field!r} to condition on ({nearest(self.field, fields)})")
         classes = torch.tensor([self._number(str(text)) for text in fields[self.field]], dtype=torch.int64)
-        if keys is not None and self.dropout > 0:
-            drop = dropped(keys, self.field, self.dropout).to(classes.device)
+        if rng_keys is not None and self.dropout > 0:
+            drop = dropped(rng_keys, self.field, self.dropout).to(classes.device)
             classes = classes.masked_fill(drop, self.num_classes)
         return self._embedded(classes)
 

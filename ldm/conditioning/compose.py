@@ -51,9 +51,9 @@ class Compose(Conditioner):
         parts = cast(Iterable[Conditioner], self.conditioners)
         return Widths(*map(sum, zip(*(part.widths(latent_channels) for part in parts), strict=True)))
 
-    def forward(self, fields: Fields, keys: Tensor | None = None) -> Condition:
+    def forward(self, fields: Fields, rng_keys: Tensor | None = None) -> Condition:
         """The joined condition, see Conditioner.forward."""
-        return _join([conditioner(fields, keys) for conditioner in self.conditioners])
+        return _join([conditioner(fields, rng_keys) for conditioner in self.conditioners])
 
     def empty(self, n: int) -> Condition:
         """The parts' empty conditions, joined."""
@@ -72,7 +72,7 @@ class Unconditional(Conditioner):
         """The same."""
         return Widths()
 
-    def forward(self, fields: Fields, keys: Tensor | None = None) -> Condition:
+    def forward(self, fields: Fields, rng_keys: Tensor | None = None) -> Condition:
         """Nothing, whatever the fields."""
         return Condition()
 

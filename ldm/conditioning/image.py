@@ -32,7 +32,7 @@ class LowResolution(Conditioner):
         """The same."""
         return Widths(concat=3)
 
-    def forward(self, fields: Fields, keys: Tensor | None = None) -> Condition:
+    def forward(self, fields: Fields, rng_keys: Tensor | None = None) -> Condition:
         """The small pictures, see Conditioner.forward; nothing is drawn."""
         return Condition(concat=F.avg_pool2d(_picture(fields, "image"), self.factor))
 
@@ -46,8 +46,8 @@ class MaskedImage(Conditioner):
 
     Of the batch's `image` [B, 3, H, W] in [-1, 1] and `mask` [B, 1, H, W], 1 where the model is to paint. A latent
     counts as masked where any of its pixels is; the hole is 0 (mid grey) before encoding. In training the mask is
-    a rectangle anywhere, drawn from the keys, its sides uniform from a quarter of the picture's to all of them, and
-    with the probability `whole` everything, so that the model makes pictures from nothing too. Without keys and mask
+    a rectangle anywhere, drawn from the rng_keys, its sides uniform from a quarter of the picture's to all of them, and
+    with the probability `whole` everything, so that the model makes pictures from nothing too. Without rng_keys and mask
     all is masked.
 
     mask_first   the mask before the latents (SD inpainting) or after them (LDM's inpainting)
@@ -77,12 +77,12 @@ class MaskedImage(Conditioner):
         """The same."""
         return Widths(concat=latent_channels + 1)
 
-    def forward(self, fields: Fields, keys: Tensor | None = None) -> Condition:
+    def forward(self, fields: Fields, rng_keys: Tensor | None = None) -> Condition:
         """The masked latents, see Conditioner.forward; UserError where there is no picture, or no first stage."""
         if self._encode is None:
             raise UserError("a MaskedImage conditioner needs a first stage: use it in a LatentDiffusion, or bind() one")
         image = _picture(fields, "image")
-        mask = _picture(fields, "mask") if "mask" in fields else self._drawn(image, keys)
+        mask = _picture(fields, "mask") if "mask" in fields else self._drawn(image, rng_keys)
         hidden = (mask >= 0.5).to(image)
         with torch.no_grad():
             latents = self._encode(image * (1.0 - hidden))
@@ -94,12 +94,12 @@ class MaskedImage(Conditioner):
         """UserError: there is no picture that says nothing."""
         raise _no_empty_condition()
 
-    def _drawn(self, image: Tensor, keys: Tensor | None) -> Tensor:
-        """Masks [B, 1, H, W] drawn from keys [B]; all of the picture without keys."""
+    def _drawn(self, image: Tensor, rng_keys: Tensor | None) -> Tensor:
+        """Masks [B, 1, H, W] drawn from rng_keys [B]; all of the picture without rng_keys."""
         n, _, height, width = image.shape
-        if keys is None:
+        if rng_keys is None:
             return image.new_ones(n, 1, height, width)
-        u = uniform(fold(keys, "mask"), (5,)).to(image.device)  # [B, 5]: whole or not, two sides, two places
+        u = uniform(fold(rng_keys, "mask"), (5,)).to(image.device)  # [B, 5]: whole or not, two sides, two places
         sides = torch.where(u[:, :1] < self.whole, 1.0, 0.25 + 0.75 * u[:, 1:3])  # [B, 2] shares of (H, W)
         starts = u[:, 3:5] * (1.0 - sides)
         inside = []

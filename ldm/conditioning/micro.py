@@ -46,7 +46,7 @@ class MicroConditioner(Conditioner):
         """The same."""
         return Widths(vector=int(arguments.get("channels", 256)) * len(arguments["default"]))
 
-    def forward(self, fields: Fields, keys: Tensor | None = None) -> Condition:
+    def forward(self, fields: Fields, rng_keys: Tensor | None = None) -> Condition:
         """The numbers' condition, see Conditioner.forward; nothing is dropped."""
         given = fields.get(self.field)
         if given is None:

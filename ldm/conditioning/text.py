@@ -49,10 +49,10 @@ class Conditioner(nn.Module, ABC):
         return None
 
     @abstractmethod
-    def forward(self, fields: Fields, keys: Tensor | None = None) -> Condition:
+    def forward(self, fields: Fields, rng_keys: Tensor | None = None) -> Condition:
         """The condition of B samples from `fields` (name -> B strings, or a tensor [B, ...]).
 
-        `keys` [B] int64 are the randomness keys of this visit of the samples; with them the conditioner
+        `rng_keys` [B] int64 are the randomness keys of this visit of the samples; with them the conditioner
         drops what its options say (training). Without them nothing is drawn (sampling, evaluation).
         """
 
@@ -60,16 +60,16 @@ class Conditioner(nn.Module, ABC):
     def empty(self, n: int) -> Condition:
         """The condition of n samples that says nothing: what guidance steers away from."""
 
-    def __call__(self, fields: Fields, keys: Tensor | None = None) -> Condition:
-        return cast(Condition, super().__call__(fields, keys))
+    def __call__(self, fields: Fields, rng_keys: Tensor | None = None) -> Condition:
+        return cast(Condition, super().__call__(fields, rng_keys))
 
 
-def dropped(keys: Tensor, field: str, probability: float) -> Tensor:
-    """True [B] bool where `field` is dropped at this visit, drawn from `keys` [B] int64.
+def dropped(rng_keys: Tensor, field: str, probability: float) -> Tensor:
+    """True [B] bool where `field` is dropped at this visit, drawn from `rng_keys` [B] int64.
 
-    For conditions computed beforehand: `condition.where(dropped(keys, "caption", 0.1), empty)`.
+    For conditions computed beforehand: `condition.where(dropped(rng_keys, "caption", 0.1), empty)`.
     """
-    return uniform(fold(keys, f"drop:{field}")) < probability
+    return uniform(fold(rng_keys, f"drop:{field}")) < probability
 
 
 class TextConditioner(Conditioner):
@@ -81,7 +81,7 @@ class TextConditioner(Conditioner):
     final_norm   apply the encoder's final layer norm to them (SD 1 and 2; SDXL does without)
     pooled       also give `vector` [B, D]: the last layer's normed state at the end token
     projection   a linear map of `vector` to [B, P], as SDXL has it; None: as it is
-    empty_as_zero   an empty caption's states and vector are zeros (SDXL), not the encoding of ""
+    zero_empty_embedding   an empty caption's states and vector are zeros (SDXL), not the encoding of ""
     mask         also give `mask`; off, padding is attended as in Stable Diffusion
     frozen       the encoder stays in eval mode, without gradients
     max_length   tokens per caption with start and end; longer ones are cut, the end token kept
@@ -106,7 +106,7 @@ class TextConditioner(Conditioner):
         frozen: bool = True,
         max_length: int = 77,
         projection: nn.Linear | None = None,
-        empty_as_zero: bool = False,
+        zero_empty_embedding: bool = False,
     ) -> None:
         super().__init__()
         _check(encoder.config, tokenizer, dropout, layer, max_length)
@@ -123,7 +123,7 @@ class TextConditioner(Conditioner):
         self.frozen = frozen
         self.max_length = max_length
         self.projection = projection
-        self.empty_as_zero = empty_as_zero
+        self.zero_empty_embedding = zero_empty_embedding
         self.truncated = 0
         self._name: str | None = None
         self._empty: Condition | None = None
@@ -142,11 +142,11 @@ class TextConditioner(Conditioner):
         """From the encoder's sizes."""
         return text_widths(arguments["encoder"], arguments.get("projection"), bool(arguments.get("pooled")))
 
-    def forward(self, fields: Fields, keys: Tensor | None = None) -> Condition:
+    def forward(self, fields: Fields, rng_keys: Tensor | None = None) -> Condition:
         """The captions' condition, see Conditioner.forward; UserError where the field is missing."""
         if self.field not in fields:
             raise UserError(f"the batch has no field {self.field!r} to condition on ({nearest(self.field, fields)})")
-        drop = dropped(keys, self.field, self.dropout) if keys is not None and self.dropout > 0 else None
+        drop = dropped(rng_keys, self.field, self.dropout) if rng_keys is not None and self.dropout > 0 else None
         if self.frozen and (made := self._made_beforehand(fields)) is not None:
             return made if drop is None else made.where(drop, self._empty_one())
         captions = [str(caption) for caption in fields[self.field]]
@@ -165,7 +165,7 @@ class TextConditioner(Conditioner):
         if self._name is None:
             options = (self.field, self.layer, self.final_norm, self.pooled, self.mask, self.max_length)
             vocabulary = sorted(self.tokenizer.get_vocab().items())
-            told = repr((options, self.empty_as_zero, self.tokenizer.pad_token_id, vocabulary)).encode()
+            told = repr((options, self.zero_empty_embedding, self.tokenizer.pad_token_id, vocabulary)).encode()
             weights = fingerprint(self.state_dict())
             self._name = f"text-{hashlib.sha256(told + weights.encode()).hexdigest()[:16]}"
         return self._name
@@ -224,7 +224,7 @@ class TextConditioner(Conditioner):
 
     def _encode(self, captions: Sequence[str]) -> Condition:
         condition = self.encode(self.tokens(captions))
-        if not self.empty_as_zero:
+        if not self.zero_empty_embedding:
             return condition
         empty = torch.tensor([caption == "" for caption in captions], dtype=torch.bool)
         zeros = {name: torch.zeros_like(value) for name, value in condition.inputs().items()}
@@ -329,23 +329,23 @@ def clip_text_for(
     return encoder
 
 
-def clip_text_from_pretrained(name_or_path: str, subfolder: str = "", leave_out_layers: int = 0) -> CLIPTextModel:
+def clip_text_from_pretrained(name_or_path: str, subfolder: str = "", clip_skip: int = 0) -> CLIPTextModel:
     """The text encoder in a folder (or of a hub name); `subfolder` is "text_encoder" in a diffusers folder.
 
-    The last `leave_out_layers` layers are left out: SD 2 uses 23 of OpenCLIP ViT-H's 24. Raises UserError where
+    The last `clip_skip` layers are left out: SD 2 uses 23 of OpenCLIP ViT-H's 24. Raises UserError where
     it cannot be had, or has no more layers than that.
     """
     try:
         encoder = CLIPTextModel.from_pretrained(name_or_path, subfolder=subfolder)
     except (OSError, ValueError) as error:
         raise _not_loaded("text encoder", name_or_path, subfolder, "config.json, model.safetensors") from error
-    if not 0 <= leave_out_layers < encoder.config.num_hidden_layers:
+    if not 0 <= clip_skip < encoder.config.num_hidden_layers:
         raise UserError(
-            f"leave_out_layers={leave_out_layers}: the text encoder at {name_or_path!r} has "
+            f"clip_skip={clip_skip}: the text encoder at {name_or_path!r} has "
             f"{encoder.config.num_hidden_layers} layers, and one has to stay"
         )
-    if leave_out_layers:
-        encoder.config.num_hidden_layers -= leave_out_layers
+    if clip_skip:
+        encoder.config.num_hidden_layers -= clip_skip
         encoder.encoder.layers = encoder.encoder.layers[: encoder.config.num_hidden_layers]
     return encoder
 

@@ -17,16 +17,15 @@ from omegaconf.errors import OmegaConfBaseException
 from pytorch_lightning.accelerators import CPUAccelerator
 
 from ldm.checkpoint import RECORD as CHECKPOINT
+from ldm.commands.cache_latents import use_latents
 from ldm.config.check import build, check
 from ldm.config.compose import CONFIGS, names
 from ldm.config.devices import check_devices, pick_device
-from ldm.config.fits import check_fits
-from ldm.config.latents import use_latents
+from ldm.config.infer import check_fits
 from ldm.config.sources import inherit_first_stage, load_strictly, load_weights
 from ldm.config.stages import stage_config
-from ldm.config.versions import versions, write_versions
 from ldm.config.watch import strategy, watch
-from ldm.data.fetch import View
+from ldm.data.loading.fetch import View
 from ldm.errors import UserError, nearest
 from ldm.evaluation.evaluate import ReferenceSet
 from ldm.evaluation.measures import Measure
@@ -42,6 +41,7 @@ from ldm.training.freed_memory import keep_freed_memory
 from ldm.training.kept_weights import keep_weights
 from ldm.training.module import TrainingModule
 from ldm.training.precision import let_clip
+from ldm.versions import versions, write_versions
 
 log = logging.getLogger(__name__)
 

@@ -14,9 +14,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ldm.config.compose import CONFIGS, completed, compose, first_of_sweeps, register_resolvers, with_texts
-from ldm.config.versions import write_versions
 from ldm.errors import UserError
 from ldm.training.curriculum import Interrupted
+from ldm.versions import write_versions
 
 Main = Callable[[DictConfig], float | None]
 

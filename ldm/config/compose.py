@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ldm.config.check import takes
-from ldm.config.fits import fits
+from ldm.config.infer import fits
 from ldm.config.processes import agreed
 from ldm.errors import UserError, nearest
 

@@ -162,7 +162,7 @@ def load_weights(
 
     UserError where the weights do not fit, or were trained on latents of other statistics.
     """
-    model = module.model()
+    model = module.export_module
     _check_parts(config)
     if first_stage is not None:
         load_strictly(cast(LatentDiffusion, model).first_stage, first_stage.state, first_stage.origin)

@@ -12,10 +12,10 @@ from ldm.config.check import build
 from ldm.generation import SamplingSettings
 from ldm.training.ema import EMA
 from ldm.training.first_stage import FirstStageModule
+from ldm.training.images import ReconstructionSheets, SampleSheets, Sheets
 from ldm.training.metrics_file import METRICS, MetricsFile, Rewind
 from ldm.training.module import TrainingModule
 from ldm.training.progress import Progress
-from ldm.training.sheets import ReconstructionSheets, SampleSheets, Sheets
 from ldm.training.throughput import Throughput
 
 log = logging.getLogger(__name__)

@@ -32,7 +32,7 @@ class RowFacts(NamedTuple):
 
 
 class Denoiser(nn.Module):
-    """Turns a network's output into (x0, eps); refuses singular combinations when it is built."""
+    """BucketSchedule a network's output into (x0, eps); refuses singular combinations when it is built."""
 
     def __init__(self, network: nn.Module, schedule: Schedule, prediction: Prediction) -> None:
         super().__init__()
@@ -49,7 +49,7 @@ class Denoiser(nn.Module):
         out: Tensor = self.network(z * scale, self.schedule.network_time(t).to(z.device), **inputs)
         return out.float()
 
-    def given(self, inputs: Mapping[str, Tensor]) -> Denoise:
+    def bind(self, inputs: Mapping[str, Tensor]) -> Denoise:
         """The estimates (x0, eps) under a condition, `inputs` [B, ...] by name, as a function of z and t.
 
         Where all of t is one time, as in sampling, what depends on it is computed once and remembered. t is

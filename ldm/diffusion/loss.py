@@ -20,10 +20,10 @@ class DenoisingLoss(NamedTuple):
     t: Tensor
 
 
-class Draws(NamedTuple):
+class NoiseKeys(NamedTuple):
     """Where the samples of a batch get their randomness from, and where they stand in the global batch."""
 
-    keys: Tensor  # [B] int64, the address of each sample's time and noise
+    rng_keys: Tensor  # [B] int64, the address of each sample's time and noise
     positions: Tensor  # [B] int64, from 0
     global_batch: int
 
@@ -64,35 +64,37 @@ class DiffusionLoss(nn.Module):
         self.offset_noise = offset_noise
         self.input_perturbation = input_perturbation
 
-    def forward(self, denoiser: Denoiser, x0: Tensor, inputs: dict[str, Tensor], draws: Draws) -> DenoisingLoss:
+    def forward(self, denoiser: Denoiser, x0: Tensor, inputs: dict[str, Tensor], draws: NoiseKeys) -> DenoisingLoss:
         """The loss at x0 [B, C, h, w]; each sample's time and noise come from its key."""
         t = self.times(denoiser, draws)
-        eps = self.noise(x0, draws.keys)
+        eps = self.noise(x0, draws.rng_keys)
         level = denoiser.schedule(t)
         shaped = level.like(x0)
-        z = shaped.alpha * x0 + shaped.sigma * self.perturbed(eps, draws.keys)
+        z = shaped.alpha * x0 + shaped.sigma * self.perturbed(eps, draws.rng_keys)
         target = denoiser.prediction.target(x0, eps, shaped)
         difference = denoiser.output(z, t, level, inputs) - target.float()
         errors = self.criterion(difference).flatten(1).mean(1)
         losses = self.weighting(errors, level, denoiser.prediction)
         return DenoisingLoss(losses.mean(), errors.detach(), t)
 
-    def times(self, denoiser: Denoiser, draws: Draws) -> Tensor:
+    def times(self, denoiser: Denoiser, draws: NoiseKeys) -> Tensor:
         """A time for each sample [B], float64."""
-        u = uniform(fold(draws.keys, "time"))
+        u = uniform(fold(draws.rng_keys, "time"))
         if self.stratified:
             u = stratified(u, draws.positions, draws.global_batch)
         return self.time_density(u, denoiser.schedule)
 
-    def noise(self, x0: Tensor, keys: Tensor) -> Tensor:
+    def noise(self, x0: Tensor, rng_keys: Tensor) -> Tensor:
         """Noise shaped like x0 [B, C, h, w], with the offset of each channel."""
-        eps = normal(fold(keys, "noise"), tuple(x0.shape[1:])).to(x0.dtype)
+        eps = normal(fold(rng_keys, "noise"), tuple(x0.shape[1:])).to(x0.dtype)
         if self.offset_noise:
-            eps = eps + self.offset_noise * normal(fold(keys, "offset"), (x0.shape[1], 1, 1)).to(x0.dtype)
+            eps = eps + self.offset_noise * normal(fold(rng_keys, "offset"), (x0.shape[1], 1, 1)).to(x0.dtype)
         return eps
 
-    def perturbed(self, eps: Tensor, keys: Tensor) -> Tensor:
+    def perturbed(self, eps: Tensor, rng_keys: Tensor) -> Tensor:
         """The noise that the network's input has, where its target has eps (Ning et al. 2023)."""
         if not self.input_perturbation:
             return eps
-        return eps + self.input_perturbation * normal(fold(keys, "perturbation"), tuple(eps.shape[1:])).to(eps.dtype)
+        return eps + self.input_perturbation * normal(fold(rng_keys, "perturbation"), tuple(eps.shape[1:])).to(
+            eps.dtype
+        )

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ldm.data.fetch import Fetcher, View
-from ldm.data.index import load_manifest
-from ldm.data.shards import Shards
+from ldm.data.loading.fetch import Fetcher, View
+from ldm.data.shards.index import load_manifest
+from ldm.data.shards.shards import Shards
 from ldm.evaluation.features import Features, reference_features
 from ldm.evaluation.measures import Batch, Measure
 from ldm.evaluation.protocol import Protocol, Result, Value, digest
@@ -43,7 +43,7 @@ class ReferenceSet:
     def __iter__(self) -> Iterator[Tensor]:
         """The pictures, [B, 3, H, W] in [0, 1]."""
         for first in range(0, self.n, BATCH):
-            found = [self._fetcher.good(index)[0] for index in range(first, min(first + BATCH, self.n))]
+            found = [self._fetcher.fetch_or_substitute(index)[0] for index in range(first, min(first + BATCH, self.n))]
             yield torch.stack([sample.image for sample in found]) * 0.5 + 0.5
 
     def features(self, network: Features) -> Tensor:
@@ -138,7 +138,7 @@ class Evaluation:
         facts: Mapping[str, float],
         others: bool = True,
     ) -> Row:
-        measures = [measure for measure in self.measures if others or not measure.needs_others]
+        measures = [measure for measure in self.measures if others or not measure.needs_reference]
         for measure in measures:
             measure.begin(reference)
         position, examples = 0, []

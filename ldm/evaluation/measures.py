@@ -7,13 +7,13 @@ from typing import Protocol, Self
 import torch
 from torch import Tensor
 
-from ldm.evaluation.alignment import Alignment
 from ldm.evaluation.clip_score import CLIPScore
 from ldm.evaluation.features import Features
 from ldm.evaluation.frechet import FrechetDistance, Statistics
 from ldm.evaluation.interval import wilson
 from ldm.evaluation.kernel import KernelDistance, Points
 from ldm.evaluation.protocol import Value
+from ldm.examples.alignment import Alignment
 
 
 class Reference(Protocol):
@@ -49,7 +49,7 @@ class Measure(ABC):
     Where processes share the pictures, `values` are of all of them, in each process.
     """
 
-    needs_others: bool = False
+    needs_reference: bool = False
     """Whether it compares with the reference pictures, so that these have no value themselves."""
 
     def to(self, device: torch.device) -> Self:
@@ -58,7 +58,7 @@ class Measure(ABC):
 
     @abstractmethod
     def begin(self, reference: Reference) -> None:
-        """Starts anew, against reference pictures; read only by `needs_others`."""
+        """Starts anew, against reference pictures; read only by `needs_reference`."""
 
     @abstractmethod
     def update(self, batch: Batch) -> None:
@@ -93,13 +93,13 @@ class ShapesAlignment(Measure):
         return found
 
     def descriptions(self) -> Mapping[str, str]:
-        return {"alignment": "ldm.evaluation.shapes_reader"}
+        return {"alignment": "ldm.examples.shapes_reader"}
 
 
 class Distance(Measure):
     """A distance between the pictures and the reference pictures in the eyes of a feature network."""
 
-    needs_others = True
+    needs_reference = True
     _metric: FrechetDistance | KernelDistance
 
     def __init__(self, features: Features) -> None:

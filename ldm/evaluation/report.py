@@ -10,9 +10,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from ldm.evaluation.alignment import ATTRIBUTES
 from ldm.evaluation.evaluate import Row
 from ldm.evaluation.protocol import Value, require_comparable
+from ldm.examples.alignment import ATTRIBUTES
 
 AXES = ("task", "reference", "prompts", "guidance_scale", "steps")
 COLOURS = ("#2f6db3", "#d9772b", "#3a9a5b", "#b0413e", "#7a5ea8", "#6b6b6b")

@@ -1,4 +1,4 @@
-"""The first stage: encoder, bottleneck, decoder and the statistics of its latents."""
+"""The first stage: encoder, regularizer, decoder and the statistics of its latents."""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, Self
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ldm.checkpoint import fingerprint
 from ldm.errors import UserError
-from ldm.first_stage.bottleneck import Bottleneck, Bottlenecked
+from ldm.first_stage.regularizer import Regularizer, RegularizerOutput
 from ldm.networks.autoencoder import Decoder, Encoder
 
 
@@ -16,16 +16,16 @@ class Reconstruction(NamedTuple):
     """What a first stage makes of images in training."""
 
     images: Tensor  # [B, 3, H, W], in about [-1, 1]
-    bottlenecked: Bottlenecked
+    regularized: RegularizerOutput
 
 
 class FirstStage(nn.Module):
     """Images [B, 3, H, W] in [-1, 1] to latents [B, C, H / factor, W / factor] and back.
 
     Args:
-        encoder, bottleneck, decoder: the three parts.
+        encoder, regularizer, decoder: the three parts.
         latent_channels: C.
-        quant_conv: whether 1x1 convolutions stand before the bottleneck and before the decoder, as in LDM.
+        quant_conv: whether 1x1 convolutions stand before the regularizer and before the decoder, as in LDM.
         latent_mean, latent_std: the statistics that `encode` normalises by, a number or one per channel.
             SD 1's scale factor 0.18215 is latent_std = 1 / 0.18215. They are buffers,
             so a checkpoint carries them, and they stay float32 whatever the weights are cast to.
@@ -37,7 +37,7 @@ class FirstStage(nn.Module):
     def __init__(
         self,
         encoder: Encoder,
-        bottleneck: Bottleneck,
+        regularizer: Regularizer,
         decoder: Decoder,
         latent_channels: int,
         quant_conv: bool = True,
@@ -45,15 +45,15 @@ class FirstStage(nn.Module):
         latent_std: float | Sequence[float] = 1.0,
     ) -> None:
         super().__init__()
-        features = bottleneck.in_factor * latent_channels
+        features = regularizer.in_factor * latent_channels
         if encoder.factor != decoder.factor:
             raise UserError(
                 f"the encoder divides the size by {encoder.factor}, the decoder multiplies by "
                 f"{decoder.factor}; give both the same number of channel_mult entries"
             )
-        if bottleneck.channels not in (None, latent_channels):
+        if regularizer.channels not in (None, latent_channels):
             raise UserError(
-                f"the bottleneck has channels={bottleneck.channels}, the first stage latent_channels="
+                f"the regularizer has channels={regularizer.channels}, the first stage latent_channels="
                 f"{latent_channels}; give both the same"
             )
         if not quant_conv and (encoder.out_channels, decoder.in_channels) != (features, latent_channels):
@@ -65,8 +65,8 @@ class FirstStage(nn.Module):
         self.factor = encoder.factor
         self.encoder = encoder
         self.quant_conv = nn.Conv2d(encoder.out_channels, features, 1) if quant_conv else nn.Identity()
-        self.bottleneck = bottleneck
-        bottleneck.initialise(self.quant_conv)
+        self.regularizer = regularizer
+        regularizer.initialise(self.quant_conv)
         self.post_quant_conv = nn.Conv2d(latent_channels, decoder.in_channels, 1) if quant_conv else nn.Identity()
         self.decoder = decoder
         self.register_buffer("latent_mean", torch.zeros(latent_channels, dtype=torch.float32))
@@ -85,27 +85,27 @@ class FirstStage(nn.Module):
 
     def forward(self, images: Tensor, noise: Tensor | None = None) -> Reconstruction:
         """The training path: images through all parts; noise [B, C, h, w] samples a KL posterior."""
-        bottlenecked: Bottlenecked = self.bottleneck(self._features(images), noise)
-        return Reconstruction(self._images(bottlenecked.z), bottlenecked)
+        regularized: RegularizerOutput = self.regularizer(self._features(images), noise)
+        return Reconstruction(self._images(regularized.z), regularized)
 
     def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
         """Normalised latents [B, C, h, w], float32, of images [B, 3, H, W] in [-1, 1].
 
         Without noise [B, C, h, w] a KL posterior gives its mean. Gradients and autocast are the caller's.
         """
-        z = self.bottleneck.latents(self._features(images), noise)
+        z = self.regularizer.sample(self._features(images), noise)
         return (z.to(torch.float32) - self._wide(self.latent_mean)) / self._wide(self.latent_std)
 
     def moments(self, images: Tensor) -> Tensor:
         """Mean and std [B, 2, C, h, w], float32, that `encode` draws normalised latents with: mean + std * noise."""
-        mean, std = self.bottleneck.gaussian(self._features(images))
+        mean, std = self.regularizer.posterior(self._features(images))
         scale = self._wide(self.latent_std)
         return torch.stack([(mean - self._wide(self.latent_mean)) / scale, std / scale], dim=1)
 
     def decode(self, z: Tensor) -> Tensor:
         """Images [B, 3, H, W], in about [-1, 1] and not clamped, of normalised latents [B, C, h, w]."""
         z = z.to(torch.float32) * self._wide(self.latent_std) + self._wide(self.latent_mean)
-        return self._images(self.bottleneck.finish(z))
+        return self._images(self.regularizer.quantize(z))
 
     def check_size(self, height: int, width: int) -> None:
         """Raises UserError where images of this size have no latents of whole size."""
@@ -134,7 +134,7 @@ class FirstStage(nn.Module):
         return fingerprint(self.state_dict())
 
     def _features(self, images: Tensor) -> Tensor:
-        """The bottleneck's input [B, in_factor * C, h, w]."""
+        """The regularizer's input [B, in_factor * C, h, w]."""
         self.check_size(images.shape[-2], images.shape[-1])
         features: Tensor = self.quant_conv(self.encoder(images.to(self.dtype)))
         return features

@@ -31,7 +31,7 @@ class L2:
 
 
 class FirstStageLoss(nn.Module):
-    """Reconstruction, bottleneck and adversarial losses of an autoencoder, in turn with its discriminator.
+    """Reconstruction, regularizer and adversarial losses of an autoencoder, in turn with its discriminator.
 
     Sums over the values of an image, divided by the batch, as LDM has it for KL: a perceptual distance d
     counts as d on every value; with `sum_values` off means over the values, as it has it for VQ. The
@@ -41,13 +41,13 @@ class FirstStageLoss(nn.Module):
     Args:
         perceptual: the perceptual distance, None for none.
         perceptual_weight: its weight.
-        bottleneck_weight: of the bottleneck's loss: 1e-6 for KL, 1 for a codebook.
+        regularizer_weight: of the regularizer's loss: 1e-6 for KL, 1 for a codebook.
         discriminator: images to logits, None for none.
         discriminator_start_steps: the first step of autoencoder and discriminator with an adversarial loss.
         discriminator_weight: factor on the adaptive weight.
         pixel: the loss per value, L1() or L2().
         sum_values: whether the reconstruction loss of an image is a sum over its values, or a mean. The
-            bottleneck's loss is weighed against it.
+            regularizer's loss is weighed against it.
 
     Source: Esser et al. 2021 (VQGAN), eq. 6 and 7; LDM's `LPIPSWithDiscriminator` (sums) and
     `VQLPIPSWithDiscriminator` (means), hinge losses.
@@ -57,7 +57,7 @@ class FirstStageLoss(nn.Module):
         self,
         perceptual: PerceptualDistance | None = None,
         perceptual_weight: float = 1.0,
-        bottleneck_weight: float = 1e-6,
+        regularizer_weight: float = 1e-6,
         discriminator: nn.Module | None = None,
         discriminator_start_steps: int = 50001,
         discriminator_weight: float = 0.5,
@@ -69,7 +69,7 @@ class FirstStageLoss(nn.Module):
             raise UserError(f"discriminator_start_steps={discriminator_start_steps}: give 0 or more steps")
         self.perceptual = perceptual
         self.perceptual_weight = perceptual_weight
-        self.bottleneck_weight = bottleneck_weight
+        self.regularizer_weight = regularizer_weight
         self.discriminator = discriminator
         self.discriminator_start_steps = discriminator_start_steps
         self.discriminator_weight = discriminator_weight
@@ -89,9 +89,9 @@ class FirstStageLoss(nn.Module):
         get no gradient from this loss.
         """
         nll, logs = self._reconstruction(images, reconstruction.images)
-        bottleneck = reconstruction.bottlenecked.loss.mean()
-        loss = nll + self.bottleneck_weight * bottleneck
-        logs |= {"bottleneck": bottleneck.detach(), **reconstruction.bottlenecked.logs}
+        regularizer = reconstruction.regularized.loss.mean()
+        loss = nll + self.regularizer_weight * regularizer
+        logs |= {"regularizer": regularizer.detach(), **reconstruction.regularized.logs}
         if self.discriminator is not None and self.adversarial_at(step):
             with _frozen(self.discriminator):
                 logits = self.discriminator(reconstruction.images)

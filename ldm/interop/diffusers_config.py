@@ -73,8 +73,10 @@ def groups_of(module: nn.Module, what: str) -> int:
 def unet_config(architecture: Architecture, unet: UNet, sample_size: int) -> dict[str, Any]:
     """config.json of `UNet2DConditionModel`; UserError where it has no such UNet."""
     network = architecture.network or {}
-    if network.get("scale_shift") or network.get("resample_blocks") or network["context_dim"] is None:
-        raise UserError("diffusers' conditional UNet has neither scale_shift nor resample_blocks, and needs tokens")
+    if network.get("use_scale_shift_norm") or network.get("resblock_updown") or network["context_dim"] is None:
+        raise UserError(
+            "diffusers' conditional UNet has neither use_scale_shift_norm nor resblock_updown, and needs tokens"
+        )
     widths = [network["model_channels"] * mult for mult in network["channel_mult"]]
     attended = _each(network["attention_levels"], len(widths))
     heads = [head_count(width, network.get("num_heads"), network.get("head_channels")) for width in widths]
@@ -92,9 +94,9 @@ def unet_config(architecture: Architecture, unet: UNet, sample_size: int) -> dic
         "attention_head_dim": one_or_each(heads),  # diffusers' name for the number of heads
         "transformer_layers_per_block": network["transformer_depth"],
         "cross_attention_dim": network["context_dim"],
-        "use_linear_projection": network.get("linear_projections", False),
+        "use_linear_projection": network.get("use_linear_projection", False),
         # SD 2.1's scores overflow in float16 (diffusers' folders of it say so too)
-        "upcast_attention": bool(network.get("linear_projections")) and network.get("vector_dim") is None,
+        "upcast_attention": bool(network.get("use_linear_projection")) and network.get("vector_dim") is None,
         "norm_num_groups": groups_of(unet, "UNet"),
         "norm_eps": 1e-5,
         "act_fn": "silu",
@@ -148,7 +150,7 @@ def _network_arguments(config: Config, origin: str) -> dict[str, Any]:
         "head_channels": None if alike else per_head.pop(),
         "context_dim": config["cross_attention_dim"],
         "transformer_depth": depths,
-        "linear_projections": bool(config.get("use_linear_projection", False)),
+        "use_linear_projection": bool(config.get("use_linear_projection", False)),
         "vector_dim": vector,
         "groups": config.get("norm_num_groups", 32),
     }

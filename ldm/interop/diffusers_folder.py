@@ -120,7 +120,7 @@ def _index(architecture: Architecture) -> dict[str, Any]:
         parts |= {"text_encoder": first[0], "tokenizer": first[1]}
         parts |= {"text_encoder_2": ["transformers", "CLIPTextModelWithProjection"]}
         parts |= {"tokenizer_2": ["transformers", "CLIPTokenizer"]}
-        parts |= {"force_zeros_for_empty_prompt": architecture.texts[-1].empty_as_zero}
+        parts |= {"force_zeros_for_empty_prompt": architecture.texts[-1].zero_empty_embedding}
         if not base:
             parts |= {"requires_aesthetics_score": True}
             parts.pop("image_encoder")
@@ -263,7 +263,12 @@ def _read_first_stage(folder: Path, file: Path | None = None) -> Package:
 
 
 def _text(
-    folder: Path, tower: Mapping[str, Tensor], tokenizer: Tokenizer, sdxl: bool, projected: bool, empty_as_zero: bool
+    folder: Path,
+    tower: Mapping[str, Tensor],
+    tokenizer: Tokenizer,
+    sdxl: bool,
+    projected: bool,
+    zero_empty_embedding: bool,
 ) -> Text:
     """The text encoder whose weights are in `tower`, and what a pipeline takes of it."""
     config = read_json(folder / "config.json")
@@ -290,7 +295,7 @@ def _text(
         final_norm=not sdxl,
         pooled=projected,
         max_length=min(int(told.get("model_max_length", 77)), arguments["max_position"]),
-        empty_as_zero=empty_as_zero,
+        zero_empty_embedding=zero_empty_embedding,
         prefix="text_model." if any(name.startswith("text_model.") for name in tower) else "",
     )
 

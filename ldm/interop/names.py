@@ -1,6 +1,6 @@
 """Our weights' names in the layouts of others: diffusers and transformers, CompVis and sgm, OpenCLIP.
 
-Every function takes our names of one part (the UNet, the first stage, a text encoder) and gives a `Piece` for each
+Every function takes our names of one part (the UNet, the first stage, a text encoder) and gives a `WeightMapping` for each
 tensor of the other layout. Nothing is guessed from other files: their names follow from ours alone.
 """
 
@@ -15,7 +15,7 @@ Rules = list[tuple[str, str]]
 
 
 @dataclass(frozen=True)
-class Piece:
+class WeightMapping:
     """A tensor of another layout, and what it is of ours.
 
     theirs     its name there
@@ -80,7 +80,7 @@ UNET: Rules = [
     (r"\.(norm|conv)_(\d)\.", r".\1\2."),
 ]
 FIRST_STAGE: Rules = [
-    (r"^bottleneck\.codebook\.", "quantize.embedding."),
+    (r"^regularizer\.codebook\.", "quantize.embedding."),
     (r"\.(down|up)\.(\d+)\.(res|attention)_(\d+)\.", r".\1_blocks.\2.\3_\4."),
     (r"\.(down|up)\.(\d+)\.resample\.", r".\1_blocks.\2.\1samplers.0."),
     (r"\.middle\.", ".mid_block."),
@@ -115,7 +115,7 @@ COMPVIS_OF_DIFFUSERS: Rules = [  # a first stage's file in diffusers' names, wit
 PIXEL_ATTENTION = re.compile(r"attention(_\d+)?\.to_(q|k|v|out)\.weight$")
 
 
-def unet_to_diffusers(names: Iterable[str]) -> list[Piece]:
+def unet_to_diffusers(names: Iterable[str]) -> list[WeightMapping]:
     """A UNet as diffusers' UNet2DConditionModel (with transformers) or UNet2DModel (plain attention) has it."""
     names = list(names)
     plain = tuple(name[: -len("to_q.weight")] for name in names if name.endswith(".attention.to_q.weight"))
@@ -123,22 +123,22 @@ def unet_to_diffusers(names: Iterable[str]) -> list[Piece]:
     for name, theirs in renamed(names, UNET).items():
         pixels = bool(plain) and name.startswith(plain)
         theirs = theirs.replace(".norm.", ".group_norm.") if pixels else theirs
-        pieces.append(Piece(theirs, (name,), flat=pixels and bool(PIXEL_ATTENTION.search(name))))
+        pieces.append(WeightMapping(theirs, (name,), flat=pixels and bool(PIXEL_ATTENTION.search(name))))
     return pieces
 
 
-def first_stage_to_diffusers(names: Iterable[str]) -> list[Piece]:
+def first_stage_to_diffusers(names: Iterable[str]) -> list[WeightMapping]:
     """A first stage as diffusers' AutoencoderKL or VQModel has it."""
     return [
-        Piece(theirs, (name,), flat=bool(PIXEL_ATTENTION.search(name)))
+        WeightMapping(theirs, (name,), flat=bool(PIXEL_ATTENTION.search(name)))
         for name, theirs in renamed(names, FIRST_STAGE).items()
     ]
 
 
-def text_to_transformers(names: Iterable[str], prefix: str) -> list[Piece]:
+def text_to_transformers(names: Iterable[str], prefix: str) -> list[WeightMapping]:
     """A text encoder (`encoder.*`, `projection.weight`) as transformers has it; `prefix` is "text_model." or ""."""
     rules: Rules = [(r"^encoder\.", prefix), (r"^projection\.", "text_projection.")]
-    return [Piece(theirs, (name,)) for name, theirs in renamed(names, rules).items()]
+    return [WeightMapping(theirs, (name,)) for name, theirs in renamed(names, rules).items()]
 
 
 # ------------------------------------------------------------------------------------------------- CompVis, sgm
@@ -173,7 +173,7 @@ COMPVIS_UNET: Rules = [
     (r"^middle_block\.2\.0\.", "middle_block.2."),
 ]
 COMPVIS_FIRST_STAGE: Rules = [
-    (r"^bottleneck\.codebook\.", "quantize.embedding."),
+    (r"^regularizer\.codebook\.", "quantize.embedding."),
     (r"\.middle\.res_0\.", ".mid.block_1."),
     (r"\.middle\.attention_0\.", ".mid.attn_1."),
     (r"\.middle\.res_1\.", ".mid.block_2."),
@@ -188,14 +188,14 @@ COMPVIS_FIRST_STAGE: Rules = [
 ]
 
 
-def unet_to_compvis(names: Iterable[str]) -> list[Piece]:
+def unet_to_compvis(names: Iterable[str]) -> list[WeightMapping]:
     """A UNet with transformers as CompVis' and sgm's UNetModel has it: blocks are numbered through all levels."""
     names = list(names)
     numbers = _block_numbers(names)
     attended = {m[1] for name in names if (m := re.match(r"up\.(\d+)\.blocks\.\d+\.attention\.", name))}
     numbered = {name: _numbered(name, numbers, attended) for name in names}
     theirs = renamed(set(numbered.values()), COMPVIS_UNET)
-    return [Piece(theirs[numbered[name]], (name,)) for name in names]
+    return [WeightMapping(theirs[numbered[name]], (name,)) for name in names]
 
 
 def _block_numbers(names: Iterable[str]) -> dict[str, int]:
@@ -225,7 +225,7 @@ def _numbered(name: str, numbers: Mapping[str, int], attended: set[str]) -> str:
     return name
 
 
-def first_stage_to_compvis(names: Iterable[str]) -> list[Piece]:
+def first_stage_to_compvis(names: Iterable[str]) -> list[WeightMapping]:
     """A first stage as CompVis' AutoencoderKL or VQModel has it: the decoder's levels from fine to coarse."""
     names = list(names)
     levels = 1 + max(int(m[1]) for name in names if (m := re.match(r"decoder\.up\.(\d+)\.", name)))
@@ -234,7 +234,7 @@ def first_stage_to_compvis(names: Iterable[str]) -> list[Piece]:
         return f"decoder.up.{levels - 1 - int(match[1])}."
 
     theirs = renamed(names, COMPVIS_FIRST_STAGE)
-    return [Piece(re.sub(r"^decoder\.up\.(\d+)\.", turned, other), (name,)) for name, other in theirs.items()]
+    return [WeightMapping(re.sub(r"^decoder\.up\.(\d+)\.", turned, other), (name,)) for name, other in theirs.items()]
 
 
 def first_stage_as_compvis(names: Iterable[str]) -> dict[str, str]:
@@ -263,10 +263,10 @@ OPEN_CLIP: Rules = [
 ]
 
 
-def text_to_open_clip(names: Iterable[str]) -> list[Piece]:
+def text_to_open_clip(names: Iterable[str]) -> list[WeightMapping]:
     """A text encoder (`encoder.*`, `projection.weight`) as OpenCLIP has it: query, key and value in one matrix."""
     pieces = []
     for name, theirs in renamed([n for n in names if not re.search(r"\.(k|v)_proj\.", n)], OPEN_CLIP).items():
         fused = tuple(name.replace(".q_proj.", f".{part}_proj.") for part in "qkv") if ".q_proj." in name else (name,)
-        pieces.append(Piece(theirs, fused, transpose=name == "projection.weight"))
+        pieces.append(WeightMapping(theirs, fused, transpose=name == "projection.weight"))
     return pieces

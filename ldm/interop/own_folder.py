@@ -20,7 +20,7 @@ Node = dict[str, Any]
 TEXT, NUMBERS = "ldm.conditioning.text.TextConditioner", "ldm.conditioning.micro.MicroConditioner"
 MASKED = "ldm.conditioning.image.MaskedImage"
 COMPOSE, UNET = "ldm.conditioning.compose.Compose", "ldm.networks.unet.UNet"
-TRAINING = {"_target_", "dropout", "gradient_checkpointing", "zero_branches"}  # of no meaning to a trained network
+TRAINING = {"_target_", "dropout", "gradient_checkpointing", "zero_init_residual"}  # of no meaning to a trained network
 TOKENIZER = "tokenizer"  # the converted folder's tokenizer_path, which the loader replaces by the folder's place
 SECOND = "second"  # the folder in it with the second text encoder's
 HEAD_channels = 64
@@ -93,8 +93,8 @@ def _expect(node: Mapping[str, Any], target: str) -> None:
 
 
 def _first_stage_arguments(node: Node) -> dict[str, Any]:
-    bottleneck = node["bottleneck"]
-    book = {name: bottleneck[name] for name in ("entries", "channels")} if "entries" in bottleneck else None
+    regularizer = node["regularizer"]
+    book = {name: regularizer[name] for name in ("entries", "channels")} if "entries" in regularizer else None
     return {
         "encoder": {name: value for name, value in node["encoder"].items() if name not in TRAINING},
         "decoder": {name: value for name, value in node["decoder"].items() if name not in TRAINING},
@@ -128,7 +128,7 @@ def _text(node: Node, state: Mapping[str, Tensor]) -> Text:
         "pad": known.get("pad", vocab - 1),
     }
     projection = state.get("projection.weight")
-    names = ("layer", "final_norm", "pooled", "max_length", "empty_as_zero")
+    names = ("layer", "final_norm", "pooled", "max_length", "zero_empty_embedding")
     taken = {name: options[name] for name in names}
     return Text(config, None if projection is None else projection.shape[0], **taken)
 
@@ -240,9 +240,9 @@ def _schedule_node(schedule: Mapping[str, Any]) -> Node:
 def first_stage_node(package: Package) -> Node:
     """The configuration of a package's first stage."""
     arguments = package.architecture.first_stage
-    bottleneck: Node = {"_target_": "ldm.first_stage.bottleneck.KLBottleneck"}
+    regularizer: Node = {"_target_": "ldm.first_stage.regularizer.KLRegularizer"}
     if arguments["codebook"]:
-        bottleneck = {"_target_": "ldm.first_stage.bottleneck.VQBottleneck", **arguments["codebook"]}
+        regularizer = {"_target_": "ldm.first_stage.regularizer.VQRegularizer", **arguments["codebook"]}
     return {
         "_target_": "ldm.first_stage.autoencoder.FirstStage",
         "latent_channels": arguments["latent_channels"],
@@ -250,7 +250,7 @@ def first_stage_node(package: Package) -> Node:
         "latent_mean": package.state["first_stage.latent_mean"].to(torch.float64).tolist(),
         "latent_std": package.state["first_stage.latent_std"].to(torch.float64).tolist(),
         "encoder": {"_target_": "ldm.networks.autoencoder.Encoder", **arguments["encoder"]},
-        "bottleneck": bottleneck,
+        "regularizer": regularizer,
         "decoder": {"_target_": "ldm.networks.autoencoder.Decoder", **arguments["decoder"]},
     }
 
@@ -267,7 +267,7 @@ def _conditioner_node(architecture: Architecture) -> Node:
             "layer": text.layer,
             "final_norm": text.final_norm,
             "pooled": text.pooled,
-            "empty_as_zero": text.empty_as_zero,
+            "zero_empty_embedding": text.zero_empty_embedding,
             "encoder": {"_target_": "ldm.conditioning.text.clip_text_from_config", **text.config},
             "tokenizer": {**tokenizer, "subfolder": SECOND} if i else tokenizer,
         }

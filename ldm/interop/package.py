@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from ldm.conditioning.text import clip_projection, clip_text_from_config
 from ldm.errors import UserError, listed
 from ldm.first_stage.autoencoder import FirstStage
-from ldm.first_stage.bottleneck import Bottleneck, KLBottleneck, VQBottleneck
-from ldm.interop.names import Piece
+from ldm.first_stage.regularizer import KLRegularizer, Regularizer, VQRegularizer
+from ldm.interop.names import WeightMapping
 from ldm.networks.autoencoder import Decoder, Encoder
 from ldm.networks.unet import UNet
 
@@ -25,7 +25,7 @@ class Text:
 
     config           keyword arguments of `clip_text_from_config`
     projection_dim   of the pooled state's projection; None: none
-    layer, final_norm, pooled, max_length, empty_as_zero   as in `TextConditioner`
+    layer, final_norm, pooled, max_length, zero_empty_embedding   as in `TextConditioner`
     prefix           what stands before its names in a transformers file, "text_model." or ""
     """
 
@@ -35,7 +35,7 @@ class Text:
     final_norm: bool = True
     pooled: bool = False
     max_length: int = 77
-    empty_as_zero: bool = False
+    zero_empty_embedding: bool = False
     prefix: str = "text_model."
 
     @property
@@ -177,10 +177,10 @@ def _is_finite(tensor: Tensor) -> bool:
 def build_first_stage(arguments: Mapping[str, Any]) -> FirstStage:
     """The first stage that `Architecture.first_stage` describes, with random weights."""
     book = arguments["codebook"]
-    bottleneck: Bottleneck = VQBottleneck(**book) if book else KLBottleneck()
+    regularizer: Regularizer = VQRegularizer(**book) if book else KLRegularizer()
     return FirstStage(
         Encoder(**arguments["encoder"]),
-        bottleneck,
+        regularizer,
         Decoder(**arguments["decoder"]),
         arguments["latent_channels"],
         arguments["quant_conv"],
@@ -214,7 +214,7 @@ def shapes_of_text(text: Text) -> dict[str, Tensor]:
 
 
 def taken(
-    given: Mapping[str, Tensor], pieces: list[Piece], shapes: Mapping[str, Tensor], origin: str
+    given: Mapping[str, Tensor], pieces: list[WeightMapping], shapes: Mapping[str, Tensor], origin: str
 ) -> dict[str, Tensor]:
     """Our tensors, made of another layout's; UserError that names what is missing, unexpected or misshapen there.
 
@@ -240,7 +240,7 @@ def part_of(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name[len(prefix) :]: tensor for name, tensor in state.items() if name.startswith(prefix)}
 
 
-def made(state: Mapping[str, Tensor], pieces: list[Piece], prefix: str = "") -> dict[str, Tensor]:
+def made(state: Mapping[str, Tensor], pieces: list[WeightMapping], prefix: str = "") -> dict[str, Tensor]:
     """Another layout's tensors, made of ours."""
     return {prefix + piece.theirs: piece.of(state).contiguous() for piece in pieces}
 

@@ -96,7 +96,7 @@ def _network_arguments(state: State) -> dict[str, Any]:
         "head_channels": HEAD_channels if linear else None,
         "context_dim": contexts.most_common(1)[0][0],  # one that is damaged is then told by its name
         "transformer_depth": one_or_each(depths),
-        "linear_projections": linear,
+        "use_linear_projection": linear,
         "vector_dim": state["label_emb.0.0.weight"].shape[1] if "label_emb.0.0.weight" in state else None,
     }
 

@@ -18,8 +18,8 @@ from ldm.diffusion.schedule import ScaledLinear
 from ldm.errors import UserError
 from ldm.interop import recognise
 from ldm.interop.names import (
-    Piece,
     Rules,
+    WeightMapping,
     first_stage_as_compvis,
     first_stage_to_compvis,
     renamed,
@@ -69,7 +69,7 @@ def places(architecture: Architecture) -> list[str]:
     network, texts = architecture.network or {}, architecture.texts
     numbers = [part["field"] for part in architecture.numbers]
     if not numbers and len(texts) == 1:
-        open_clip = bool(network.get("linear_projections"))
+        open_clip = bool(network.get("use_linear_projection"))
         return ["cond_stage_model.model." if open_clip else "cond_stage_model.transformer.text_model."]
     if numbers == ["original_size", "crop", "target_size"] and len(texts) == 2:
         return ["conditioner.embedders.0.transformer.text_model.", "conditioner.embedders.1.model."]
@@ -86,7 +86,7 @@ def factor_of(architecture: Architecture) -> float:
     return SDXL_FACTOR if architecture.numbers else SD_FACTOR
 
 
-def _text_pieces(text: Text, place: str) -> list[Piece]:
+def _text_pieces(text: Text, place: str) -> list[WeightMapping]:
     names = shapes_of_text(text)
     return text_to_open_clip(names) if place.endswith(".model.") else text_to_transformers(names, "")
 
@@ -249,7 +249,7 @@ def _model(tensors: dict[str, Tensor], told: _Told, origin: str, prediction: str
     return Package(architecture, state, list(description.get("tokenizers", [])), notes=notes)
 
 
-def _whole(architecture: Architecture) -> tuple[list[Piece], dict[str, Tensor]]:
+def _whole(architecture: Architecture) -> tuple[list[WeightMapping], dict[str, Tensor]]:
     """All pieces of a model's file with their prefixes, and our tensors on the meta device."""
     network, first_stage = shapes_of_network(architecture), shapes_of_first_stage(architecture)
     parts = [(UNET, "denoiser.network.", unet_to_compvis(network), network)]
@@ -257,7 +257,7 @@ def _whole(architecture: Architecture) -> tuple[list[Piece], dict[str, Tensor]]:
         parts.append((place, architecture.text_prefix(i), _text_pieces(text, place), shapes_of_text(text)))
     parts.append((FIRST_STAGE, "first_stage.", first_stage_to_compvis(first_stage), first_stage))
     pieces = [
-        Piece(place + piece.theirs, tuple(own + name for name in piece.ours), piece.transpose, piece.flat)
+        WeightMapping(place + piece.theirs, tuple(own + name for name in piece.ours), piece.transpose, piece.flat)
         for place, own, some, _ in parts
         for piece in some
     ]
@@ -316,8 +316,8 @@ def _conditions(
     """The text encoders, the numbers beside them, and the beginnings of the names that are not used."""
     if clip := part_of(tensors, "conditioner.embedders.0.transformer.text_model."):
         big = part_of(tensors, "conditioner.embedders.1.model.")
-        first = recognise.clip_text(clip, origin, **LAST, empty_as_zero=True)
-        second = recognise.open_clip_text(big, origin, True, **LAST, pooled=True, empty_as_zero=True)
+        first = recognise.clip_text(clip, origin, **LAST, zero_empty_embedding=True)
+        second = recognise.open_clip_text(big, origin, True, **LAST, pooled=True, zero_empty_embedding=True)
         return (first, second), (*SIZES, TARGET), ()
     if big := part_of(tensors, "conditioner.embedders.0.model."):
         return (recognise.open_clip_text(big, origin, True, **LAST, pooled=True),), (*SIZES, SCORE), ()

@@ -34,7 +34,7 @@ def folded(first_stage: Mapping[str, Tensor], factor: float) -> dict[str, Tensor
     raw' = (raw - mean) / (std factor) is what quant_conv then gives, and post_quant_conv takes. The statistics are
     mean 0 and std 1 / factor. UserError where there are no such convolutions, or a codebook between them.
     """
-    if "bottleneck.codebook.weight" in first_stage or FOLDED[0] not in first_stage:
+    if "regularizer.codebook.weight" in first_stage or FOLDED[0] not in first_stage:
         raise UserError(
             "this first stage's latent mean and std are not one scale factor, and with a codebook, or without "
             "quant_conv, they cannot be put into its weights; this format has room for one scale factor alone"

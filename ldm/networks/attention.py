@@ -102,11 +102,11 @@ class SpatialTransformer(nn.Module):
         heads: int,
         depth: int = 1,
         context_dim: int | None = None,
-        linear_projections: bool = False,
+        use_linear_projection: bool = False,
         groups: int = 32,
     ) -> None:
         super().__init__()
-        self.linear = linear_projections
+        self.linear = use_linear_projection
         self.norm = group_norm(channels, groups, eps=1e-6)
         self.proj_in = nn.Linear(channels, channels) if self.linear else nn.Conv2d(channels, channels, 1)
         self.blocks = nn.ModuleList(TransformerBlock(channels, heads, context_dim) for _ in range(depth))

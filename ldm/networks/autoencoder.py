@@ -57,7 +57,7 @@ class Encoder(nn.Module):
         channels: width of the first level; level i has channels * channel_mult[i].
         channel_mult: one factor per level; each further level halves the resolution.
         num_res_blocks: residual blocks per level, a number or one per level.
-        out_channels: latent channels, twice as many before a KL bottleneck (mean and log variance).
+        out_channels: latent channels, twice as many before a KL regularizer (mean and log variance).
         mid_attention: whether the middle has self-attention.
         attention_levels: which levels have self-attention after each block; None for no level.
         dropout: in the residual blocks.

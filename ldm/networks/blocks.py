@@ -54,7 +54,7 @@ def sinusoidal_embedding(t: Tensor, channels: int, max_period: float = 10_000.0)
 class ResBlock(nn.Module):
     """A residual block of two 3x3 convolutions, with an embedding [B, E] added in between.
 
-    With `scale_shift` the embedding gives a scale and a shift for the second norm instead (AdaGN, Dhariwal
+    With `use_scale_shift_norm` the embedding gives a scale and a shift for the second norm instead (AdaGN, Dhariwal
     and Nichol 2021). The embedding comes with its SiLU already applied, once for all blocks. The first
     stage uses the block without an embedding (`emb_channels=None`). `resize` changes the resolution of
     both branches, before the first convolution.
@@ -65,20 +65,20 @@ class ResBlock(nn.Module):
         in_channels: int,
         out_channels: int,
         emb_channels: int | None = None,
-        scale_shift: bool = False,
+        use_scale_shift_norm: bool = False,
         dropout: float = 0.0,
         groups: int = 32,
         eps: float = 1e-5,
         resize: Resize | None = None,
     ) -> None:
         super().__init__()
-        self.scale_shift = scale_shift
+        self.use_scale_shift_norm = use_scale_shift_norm
         self.resize = resize
         self.norm_1 = group_norm(in_channels, groups, eps)
         self.conv_1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.emb: nn.Linear | None = None
         if emb_channels is not None:
-            self.emb = nn.Linear(emb_channels, 2 * out_channels if scale_shift else out_channels)
+            self.emb = nn.Linear(emb_channels, 2 * out_channels if use_scale_shift_norm else out_channels)
         self.norm_2 = group_norm(out_channels, groups, eps)
         self.dropout = nn.Dropout(dropout)
         self.conv_2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
@@ -93,7 +93,7 @@ class ResBlock(nn.Module):
         h = self.conv_1(h)
         if self.emb is None or emb is None:
             h = self.norm_2(h)
-        elif self.scale_shift:
+        elif self.use_scale_shift_norm:
             scale, shift = self.emb(emb)[:, :, None, None].chunk(2, dim=1)
             h = self.norm_2(h) * (1 + scale) + shift
         else:

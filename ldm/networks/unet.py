@@ -102,7 +102,7 @@ class _Parts(NamedTuple):
 
     res: Callable[[int, int, Resize | None], ResBlock]
     attention: Callable[[int, int], PixelTransformer]
-    resample_blocks: bool
+    resblock_updown: bool
     checkpointing: bool
 
     def down_path(self, levels: Sequence[_Level], channels: int) -> tuple[nn.ModuleList, list[int]]:
@@ -139,10 +139,10 @@ class _Parts(NamedTuple):
         return Block(self.res(ins, outs, None), attention, self.checkpointing)
 
     def _down(self, channels: int) -> Downsample | ResBlock:
-        return self.res(channels, channels, halve) if self.resample_blocks else Downsample(channels)
+        return self.res(channels, channels, halve) if self.resblock_updown else Downsample(channels)
 
     def _up(self, channels: int) -> Upsample | ResBlock:
-        return self.res(channels, channels, double) if self.resample_blocks else Upsample(channels)
+        return self.res(channels, channels, double) if self.resblock_updown else Upsample(channels)
 
 
 def _levels(
@@ -154,11 +154,11 @@ def _levels(
 
 
 def _attention(
-    channels: int, heads: int, depth: int, context_dim: int | None, linear_projections: bool, groups: int
+    channels: int, heads: int, depth: int, context_dim: int | None, use_linear_projection: bool, groups: int
 ) -> PixelTransformer:
     """A transformer of `depth` blocks; plain attention where it is 0."""
     if depth:
-        return SpatialTransformer(channels, heads, depth, context_dim, linear_projections, groups)
+        return SpatialTransformer(channels, heads, depth, context_dim, use_linear_projection, groups)
     return PixelAttention(channels, groups, heads, eps=1e-5)
 
 
@@ -176,15 +176,15 @@ class UNet(nn.Module):
             the last entry. 0: plain self-attention in the transformer's place (LDM's unconditional models).
         num_heads, head_channels: one of the two: a fixed number of heads, or of channels per head.
         context_dim: width of the tokens; None for an unconditional model (self-attention only).
-        linear_projections: projections of the transformers as linear layers (SD 2, SDXL).
+        use_linear_projection: projections of the transformers as linear layers (SD 2, SDXL).
         vector_dim: width of the vector condition, added to the time embedding (SDXL's `adm_in_channels`).
-        scale_shift: the embedding scales and shifts the norm in the residual blocks instead of being added.
-        resample_blocks: residual blocks halve and double the resolution (`resblock_updown` in LDM), instead of
+        use_scale_shift_norm: the embedding scales and shifts the norm in the residual blocks instead of being added.
+        resblock_updown: residual blocks halve and double the resolution (`resblock_updown` in LDM), instead of
             convolutions.
         dropout: in the residual blocks.
         groups: of the group norms; the greatest common divisor with the channels is taken.
         gradient_checkpointing: recompute each block in the backward pass: less memory, about 1.3 the time.
-        zero_branches: residual branches begin at zero (LDM), so that each block is the identity; without, they
+        zero_init_residual: residual branches begin at zero (LDM), so that each block is the identity; without, they
             begin at random (diffusers), and a short run learns sooner what the tokens say.
 
     A UNet without transformers takes no tokens: leave context_dim at None then.
@@ -205,25 +205,27 @@ class UNet(nn.Module):
         head_channels: int | None = None,
         context_dim: int | None = None,
         transformer_depth: int | Sequence[int] = 1,
-        linear_projections: bool = False,
+        use_linear_projection: bool = False,
         vector_dim: int | None = None,
-        scale_shift: bool = False,
-        resample_blocks: bool = False,
+        use_scale_shift_norm: bool = False,
+        resblock_updown: bool = False,
         dropout: float = 0.0,
         groups: int = 32,
         gradient_checkpointing: bool = False,
-        zero_branches: bool = True,
+        zero_init_residual: bool = True,
     ) -> None:
         super().__init__()
         self.in_channels, self.out_channels, self.model_channels = in_channels, out_channels, model_channels
         self.context_dim, self.vector_dim = context_dim, vector_dim
         emb_channels = 4 * model_channels
         parts = _Parts(
-            lambda ins, outs, resize: ResBlock(ins, outs, emb_channels, scale_shift, dropout, groups, resize=resize),
-            lambda outs, depth: _attention(
-                outs, head_count(outs, num_heads, head_channels), depth, context_dim, linear_projections, groups
+            lambda ins, outs, resize: ResBlock(
+                ins, outs, emb_channels, use_scale_shift_norm, dropout, groups, resize=resize
             ),
-            resample_blocks,
+            lambda outs, depth: _attention(
+                outs, head_count(outs, num_heads, head_channels), depth, context_dim, use_linear_projection, groups
+            ),
+            resblock_updown,
             gradient_checkpointing,
         )
         widths = [model_channels * mult for mult in channel_mult]
@@ -239,10 +241,10 @@ class UNet(nn.Module):
         self.norm_out = group_norm(widths[0], groups)
         self.conv_out = nn.Conv2d(widths[0], out_channels, 3, padding=1)
         zero_(self.conv_out)  # the prediction begins at zero
-        if zero_branches:
-            self._zero_branches()
+        if zero_init_residual:
+            self._zero_init_residual()
 
-    def _zero_branches(self) -> None:
+    def _zero_init_residual(self) -> None:
         for module in self.modules():
             if isinstance(module, ResBlock):
                 zero_(module.conv_2)

@@ -64,7 +64,7 @@ class Autoguidance(Wrapping):
         if self.describe is not None and fields is not None:
             theirs = {name: value for name, value in inputs.items() if name == "concat"}
             theirs |= self.describe(fields, device)
-        weak, strong = self.weaker.to(device).given(theirs), denoiser.given(inputs)
+        weak, strong = self.weaker.to(device).bind(theirs), denoiser.bind(inputs)
         return lambda z, t: (weak(z, t), strong(z, t))
 
 

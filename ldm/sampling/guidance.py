@@ -40,7 +40,7 @@ class Guidance(ABC):
         """
         schedule = denoiser.schedule
         pair, rule = self.pair(denoiser, inputs, negative, fields), self.rule(schedule)
-        unguided = denoiser.given(inputs)
+        unguided = denoiser.bind(inputs)
 
         def denoise(z: Tensor, t: Tensor) -> Denoised:
             where = self.applies(schedule, t)  # [B] bool
@@ -85,7 +85,7 @@ class ClassifierFree(Guidance):
         return torch.tensor([self.scale != 1.0], device="cpu")
 
     def pair(self, denoiser: Denoiser, inputs: Inputs, negative: Inputs, fields: Fields | None) -> Pair:
-        both = denoiser.given({name: torch.cat([negative[name], inputs[name]]) for name in inputs})
+        both = denoiser.bind({name: torch.cat([negative[name], inputs[name]]) for name in inputs})
 
         def halves(z: Tensor, t: Tensor) -> tuple[Denoised, Denoised]:
             return both(torch.cat([z, z]), torch.cat([t, t])).halves()

@@ -13,7 +13,7 @@ from ldm.diffusion.denoiser import Denoise
 from ldm.diffusion.schedule import Schedule
 
 Noise = Callable[[tuple[int, ...]], Tensor]
-"""Draws standard normal noise [B, *shape]; see `ldm.sampling.noise.ImageNoise`."""
+"""NoiseKeys standard normal noise [B, *shape]; see `ldm.sampling.noise.ImageNoise`."""
 
 OnStep = Callable[[int], None]
 """Told the number of steps done, after each."""

@@ -9,7 +9,7 @@ from typing import Any
 import pytorch_lightning as pl
 
 from ldm.checkpoint import keep_last
-from ldm.data.datamodule import ShardDataModule
+from ldm.data.loading.datamodule import ShardDataModule
 from ldm.errors import UserError
 
 PATTERN = "step_*"

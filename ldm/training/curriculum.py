@@ -11,7 +11,7 @@ from typing import Any
 import pytorch_lightning as pl
 
 from ldm.checkpoint import find_latest
-from ldm.data.datamodule import ShardDataModule
+from ldm.data.loading.datamodule import ShardDataModule
 from ldm.errors import UserError
 from ldm.interop.model_folder import RECORD, write_model_folder
 from ldm.training.checkpointing import PATTERN, Checkpoints
@@ -100,10 +100,12 @@ def _export(stage: Stage, job: Job) -> None:
     """Completes the model with its averaged weights and writes its folder, on rank 0."""
     trainer, module = job.trainer, job.module
     if trainer.is_global_zero:
-        raw = {name: p.detach().clone() for name, p in module.trained().items()}
+        raw = {name: p.detach().clone() for name, p in module.trainable_parameters().items()}
         with job.ema.swapped_in(module) if job.ema else nullcontext():
-            facts = module.finish(job.datamodule)
-            state = {name: tensor.detach().to("cpu", copy=True) for name, tensor in module.model().state_dict().items()}
+            facts = module.finalize(job.datamodule)
+            state = {
+                name: tensor.detach().to("cpu", copy=True) for name, tensor in module.export_module.state_dict().items()
+            }
         average = {name: state[name] for name in raw} if job.ema else None
         record = job.record | {
             "kind": module.kind,

@@ -5,8 +5,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ldm.data.batch import Batch
-from ldm.diffusion.loss import DenoisingLoss, DiffusionLoss, Draws
+from ldm.data.loading.batch import Batch
+from ldm.diffusion.loss import DenoisingLoss, DiffusionLoss, NoiseKeys
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.training.module import MakeLRSchedule, MakeOptimizer, TrainingModule
 
@@ -31,7 +31,8 @@ class DiffusionModule(TrainingModule):
         self.make_optimizer = optimizer
         self.make_lr_schedule = lr_schedule
 
-    def model(self) -> nn.Module:
+    @property
+    def export_module(self) -> nn.Module:
         return self.latent_diffusion
 
     def compile_networks(self) -> None:
@@ -46,9 +47,13 @@ class DiffusionModule(TrainingModule):
         """The loss of a batch; times, noise and caption dropout come from the batch's keys."""
         model = self.latent_diffusion
         cached = batch.moments
-        z0 = model.latents(batch.images, batch.keys) if cached is None else model.drawn_latents(cached, batch.keys)
-        condition = model.conditioner(condition_fields(batch), batch.keys if conditioning_dropout else None)
-        draws = Draws(batch.keys, batch.positions, batch.global_batch)
+        z0 = (
+            model.latents(batch.images, batch.rng_keys)
+            if cached is None
+            else model.sample_from_moments(cached, batch.rng_keys)
+        )
+        condition = model.conditioner(condition_fields(batch), batch.rng_keys if conditioning_dropout else None)
+        draws = NoiseKeys(batch.rng_keys, batch.positions, batch.global_batch)
         result: DenoisingLoss = self.loss(model.denoiser, z0, condition.inputs(), draws)
         return result
 

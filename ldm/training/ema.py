@@ -27,7 +27,7 @@ class EMA(pl.Callback):
         self.average: dict[str, Tensor] = {}
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        parameters = _module(pl_module).trained()
+        parameters = _module(pl_module).trainable_parameters()
         if self.average:  # restored from a checkpoint
             self.average = {name: self.average[name].to(p.device) for name, p in parameters.items()}
         else:
@@ -41,7 +41,7 @@ class EMA(pl.Callback):
             return  # in the middle of an accumulation
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         self.updates = trainer.global_step
-        current = _module(pl_module).trained()
+        current = _module(pl_module).trainable_parameters()
         torch._foreach_lerp_(
             [self.average[name] for name in current],
             [p.detach().float() for p in current.values()],
@@ -74,7 +74,7 @@ class EMA(pl.Callback):
 
     @torch.no_grad()
     def _exchange(self, module: TrainingModule) -> None:
-        for name, parameter in module.trained().items():
+        for name, parameter in module.trainable_parameters().items():
             own = parameter.detach().clone()
             parameter.copy_(self.average[name])
             self.average[name].copy_(own)

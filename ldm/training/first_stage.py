@@ -6,8 +6,8 @@ import torch
 from pytorch_lightning.core.optimizer import LightningOptimizer
 from torch import Tensor, nn
 
-from ldm.data.batch import Batch
-from ldm.data.datamodule import ShardDataModule
+from ldm.data.loading.batch import Batch
+from ldm.data.loading.datamodule import ShardDataModule
 from ldm.errors import UserError
 from ldm.evaluation.reconstruction import psnr
 from ldm.first_stage.autoencoder import FirstStage
@@ -45,7 +45,8 @@ class FirstStageModule(TrainingModule):
         self.gradient_clip = gradient_clip
         self.statistics_images = statistics_images
 
-    def model(self) -> nn.Module:
+    @property
+    def export_module(self) -> nn.Module:
         return self.first_stage
 
     def compile_networks(self) -> None:
@@ -66,7 +67,7 @@ class FirstStageModule(TrainingModule):
         optimizers = cast(list[LightningOptimizer], self.optimizers(use_pl_optimizer=True))
         optimizers = optimizers if isinstance(optimizers, list) else [optimizers]
         step = self.trainer.global_step
-        reconstruction = self.first_stage(batch.images, self._noise(batch.images, batch.keys))
+        reconstruction = self.first_stage(batch.images, self._noise(batch.images, batch.rng_keys))
 
         loss, logs = self.loss.generator(batch.images, reconstruction, step, self.first_stage.last_layer)
         self._step(optimizers[0], loss, self.first_stage)
@@ -93,7 +94,7 @@ class FirstStageModule(TrainingModule):
         return [own, self.configure_with(self.make_optimizer, self.make_lr_schedule, parameters)]
 
     @torch.no_grad()
-    def finish(self, datamodule: ShardDataModule) -> dict[str, Any]:
+    def finalize(self, datamodule: ShardDataModule) -> dict[str, Any]:
         """Measures the latents' mean and std per channel and the PSNR, with the weights as they are now."""
         self.eval()
         self.first_stage.set_statistics(0.0, 1.0)
@@ -102,8 +103,8 @@ class FirstStageModule(TrainingModule):
         batches = datamodule.train_batches()
         count = min(len(batches), -(-self.statistics_images // datamodule.global_batch))
         for batch in (batches[i] for i in range(count)):
-            images, keys = batch.images.to(self.device), batch.keys.to(self.device)
-            z = self.first_stage.encode(images, self._noise(images, keys))
+            images, rng_keys = batch.images.to(self.device), batch.rng_keys.to(self.device)
+            z = self.first_stage.encode(images, self._noise(images, rng_keys))
             total = total + z.double().sum((0, 2, 3)).cpu()
             squares = squares + z.double().square().sum((0, 2, 3)).cpu()
             values += z.numel() // z.shape[1]
@@ -120,10 +121,10 @@ class FirstStageModule(TrainingModule):
             "statistics_images": sum(len(part) for part in ratios),
         }
 
-    def _noise(self, images: Tensor, keys: Tensor) -> Tensor:
+    def _noise(self, images: Tensor, rng_keys: Tensor) -> Tensor:
         height, width = images.shape[2:]
         factor, channels = self.first_stage.factor, self.first_stage.latent_channels
-        return normal(fold(keys, "posterior"), (channels, height // factor, width // factor))
+        return normal(fold(rng_keys, "posterior"), (channels, height // factor, width // factor))
 
     def _step(self, optimizer: LightningOptimizer, loss: Tensor, part: nn.Module) -> None:
         self.toggle_optimizer(optimizer)

@@ -7,7 +7,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
-from ldm.data.datamodule import ShardDataModule
+from ldm.data.loading.datamodule import ShardDataModule
 from ldm.first_stage.autoencoder import FirstStage
 from ldm.randomness import key
 from ldm.training.frozen import FrozenPart, frozen_parts, leave_out, put_back
@@ -27,7 +27,8 @@ class TrainingModule(pl.LightningModule):
         self.seed = seed
         self._frozen: dict[str, FrozenPart] = {}
 
-    def model(self) -> nn.Module:
+    @property
+    def export_module(self) -> nn.Module:
         """The part that is exported when training is over."""
         raise NotImplementedError
 
@@ -35,11 +36,11 @@ class TrainingModule(pl.LightningModule):
         """Compiles what is trained with torch.compile, in place."""
         raise NotImplementedError
 
-    def trained(self) -> dict[str, nn.Parameter]:
+    def trainable_parameters(self) -> dict[str, nn.Parameter]:
         """The model's trainable parameters by name: those that are averaged and handed on."""
-        return {name: p for name, p in self.model().named_parameters() if p.requires_grad}
+        return {name: p for name, p in self.export_module.named_parameters() if p.requires_grad}
 
-    def finish(self, datamodule: ShardDataModule) -> dict[str, Any]:
+    def finalize(self, datamodule: ShardDataModule) -> dict[str, Any]:
         """Completes the model after the last step (EMA weights are in); returns facts for its record."""
         return {}
 

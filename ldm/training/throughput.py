@@ -8,7 +8,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 
-from ldm.data.loader import StepLoader
+from ldm.data.loading.loader import StepLoader
 
 
 class Throughput(pl.Callback):

@@ -128,7 +128,7 @@ def test_another_padding_leaves_the_words_as_they_are(make_encoder, tokenizer_fo
 
 
 def test_an_empty_caption_that_is_zero_still_has_tokens_to_attend_to(make_encoder, tokenizer):
-    condition = TextConditioner(make_encoder(), tokenizer, mask=True, empty_as_zero=True)(FIELDS)
+    condition = TextConditioner(make_encoder(), tokenizer, mask=True, zero_empty_embedding=True)(FIELDS)
     assert condition.mask[2].tolist() == [True, True] + [False] * 75
     assert condition.tokens[2].abs().max() == 0
 
@@ -185,7 +185,7 @@ def test_what_cannot_be_downloaded_says_what_to_do(tmp_path):
             load(str(tmp_path))
 
 
-@pytest.mark.parametrize("options", [{}, {"pooled": True, "mask": True, "empty_as_zero": True}])
+@pytest.mark.parametrize("options", [{}, {"pooled": True, "mask": True, "zero_empty_embedding": True}])
 def test_states_made_beforehand_are_what_encoding_gives(make_encoder, tokenizer, options):
     conditioner = TextConditioner(make_encoder(), tokenizer, dropout=0.5, **options)
     captions = [f"a {color} circle" for color in ("red", "blue", "green", "yellow")] * 4

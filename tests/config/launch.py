@@ -24,4 +24,4 @@ def model_of(shapes: Path, run: Path, out: Path, *more: str) -> LatentDiffusion:
     """The model that a launch of `base` begins with."""
     given = overrides_for(shapes, out, "stages=[base]", f"tokenizer_path={run}/tokenizer", *more)
     (stage,), models = stages(compose("train", given), given, out)
-    return cast(LatentDiffusion, stage.build(models).module.model())
+    return cast(LatentDiffusion, stage.build(models).module.export_module)

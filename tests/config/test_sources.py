@@ -11,7 +11,7 @@ from ldm.checkpoint import load_tensors
 from ldm.config.sources import Weights, _check_latents, load_strictly
 from ldm.errors import UserError
 from ldm.first_stage.autoencoder import FirstStage
-from ldm.first_stage.bottleneck import KLBottleneck
+from ldm.first_stage.regularizer import KLRegularizer
 from ldm.interop.convert import convert, read
 from ldm.networks.autoencoder import Decoder, Encoder
 from ldm.networks.unet import UNet
@@ -95,7 +95,7 @@ def test_a_text_encoder_that_does_not_fit_the_network_is_refused(
 
 def test_a_first_stage_of_other_channels_than_a_network_was_trained_on_is_refused() -> None:
     first_stage = FirstStage(
-        Encoder(3, 8, (1,), 1, 16, groups=4), KLBottleneck(), Decoder(8, 8, (1,), 1, groups=4), latent_channels=8
+        Encoder(3, 8, (1,), 1, 16, groups=4), KLRegularizer(), Decoder(8, 8, (1,), 1, groups=4), latent_channels=8
     )
     state = {"first_stage.latent_mean": torch.zeros(4), "first_stage.latent_std": torch.ones(4)}
     with pytest.raises(UserError, match=r"in base was trained on latents of 4 channels, the first stage in vae has 8"):

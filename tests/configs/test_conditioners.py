@@ -12,7 +12,7 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 from ldm.conditioning import Conditioner, captions_tokenizer
 from ldm.config.build import build
 from ldm.config.compose import CONFIGS, compose
-from ldm.config.fits import planned_widths
+from ldm.config.infer import planned_widths
 
 CONDITIONERS = sorted(path.stem for path in (CONFIGS / "conditioner").glob("*.yaml"))
 PICTURES = ("low_resolution", "masked_image", "clip_l_masked_image")  # what they condition on is no text

@@ -17,12 +17,12 @@ from torch import Tensor
 
 from ldm.config.build import build, measures
 from ldm.config.compose import CONFIGS, compose
-from ldm.data.shapes import caption, splits
 from ldm.errors import UserError
 from ldm.evaluation.evaluate import ReferenceSet
 from ldm.evaluation.features import Features
 from ldm.evaluation.measures import Batch, Measure
 from ldm.evaluation.vision import ClipFeatures
+from ldm.examples.shapes import caption, splits
 
 METRICS = sorted(path.stem for path in (CONFIGS / "metric").glob("*.yaml"))
 N, M = 7, 6  # pictures, and pictures of the reference
@@ -95,9 +95,9 @@ def test_every_metric_measures_pictures_and_says_what_it_depends_on(
         assert isfinite(value.value)
         assert value.ci_low is not None and value.ci_high is not None
         assert value.ci_low <= value.value <= value.ci_high and value.ci_low < value.ci_high
-    assert len(reference.extracted) == int(measure.needs_others)
+    assert len(reference.extracted) == int(measure.needs_reference)
     assert all(len(told) > 10 for told in measure.descriptions().values()) and measure.descriptions()
-    if measure.needs_others:
+    if measure.needs_reference:
         assert set(measure.descriptions()) == set(values)
 
 

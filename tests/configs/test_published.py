@@ -28,7 +28,7 @@ UNETS: dict[str, dict[str, Any]] = {
     "ldm_imagenet_f8": dict(width=256, mult=(1, 2, 4), at=(4, 2, 1), head=32, depth=1, context=512),
     "ldm_unconditional_f4": dict(width=224, mult=(1, 2, 3, 4), at=(8, 4, 2), head=32),
     "ldm_churches_f8": dict(
-        width=192, mult=(1, 2, 2, 4, 4), at=(1, 2, 4, 8), heads=8, scale_shift=True, resblock_updown=True
+        width=192, mult=(1, 2, 2, 4, 4), at=(1, 2, 4, 8), heads=8, use_scale_shift_norm=True, resblock_updown=True
     ),
     "ldm_super_resolution": dict(width=160, mult=(1, 2, 2, 4), at=(16, 8), head=32),
     "ldm_inpainting": dict(width=256, mult=(1, 2, 3, 4), at=(8, 4, 2), heads=8, resblock_updown=True),
@@ -81,7 +81,7 @@ def test_unets_have_their_heads_where_they_were_published(name: str) -> None:
         assert (len(down.blocks), len(up.blocks)) == (2, 3)
         for block in (*down.blocks, *up.blocks):
             assert block.res.conv_2.out_channels == facts["width"] * mult
-            assert block.res.scale_shift == facts.get("scale_shift", False)
+            assert block.res.use_scale_shift_norm == facts.get("use_scale_shift_norm", False)
             if 2**i in facts["at"]:
                 check_attention(block, facts["width"] * mult, facts, depths[i])
             else:
@@ -140,9 +140,9 @@ def test_first_stages_are_as_they_were_published(name: str) -> None:
     assert first_stage.post_quant_conv.weight.shape == (channels, channels, 1, 1)
     assert (1 / cfg.latent_std, cfg.latent_mean) == (pytest.approx(scale), 0.0)
     if entries:
-        bottleneck = first_stage.bottleneck
-        assert bottleneck.codebook.weight.shape == (entries, channels)
-        assert (bottleneck.commitment_weight, bottleneck.codebook_weight) == (1.0, 0.25)  # `legacy` and beta
+        regularizer = first_stage.regularizer
+        assert regularizer.codebook.weight.shape == (entries, channels)
+        assert (regularizer.commitment_weight, regularizer.codebook_weight) == (1.0, 0.25)  # `legacy` and beta
 
 
 TEXTS: dict[str, list[tuple[int, bool, bool, bool, bool, str | None]]] = {
@@ -171,12 +171,12 @@ def test_conditioners_are_as_they_were_published(name: str) -> None:
             part.get("final_norm", True),
             part.get("pooled", False),
             "projection" in part,
-            part.get("empty_as_zero", False),
+            part.get("zero_empty_embedding", False),
             part.tokenizer.get("pad_token"),
         )
         for part in texts
     ] == TEXTS[name]
-    assert cfg.get("encoder", {}).get("leave_out_layers", 0) == (name == "openclip_h")
+    assert cfg.get("encoder", {}).get("clip_skip", 0) == (name == "openclip_h")
     assert all(part.get("max_length") == 77 and part.frozen for part in texts)
     numbers = [(part.field, list(part.default)) for part in parts[len(texts) :]]
     assert numbers == NUMBERS.get(name, [])

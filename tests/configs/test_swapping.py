@@ -10,7 +10,7 @@ from ldm.checkpoint import load_tensors
 from ldm.config.build import stages
 from ldm.config.check import check
 from ldm.config.compose import compose
-from ldm.config.fits import check_fits
+from ldm.config.infer import check_fits
 from ldm.config.stages import stage_config
 from ldm.errors import UserError
 from ldm.latent_diffusion import LatentDiffusion
@@ -138,7 +138,7 @@ def test_the_loss_is_weighed_as_its_bottleneck_asks(loss: str, first_stage: str,
     path = ["+first_stage_loss.perceptual.network.path=nowhere"] if "lpips" in loss else []
     given = ["experiment=quickstart", f"first_stage={first_stage}", f"first_stage_loss={loss}", *path]
     chosen = compose("train", given).first_stage_loss
-    assert (chosen.bottleneck_weight, chosen.sum_values) == wanted
+    assert (chosen.regularizer_weight, chosen.sum_values) == wanted
 
 
 def test_the_small_picture_is_as_small_as_the_latents() -> None:
@@ -168,7 +168,7 @@ def test_a_swapped_part_trains_in_miniature(override: str, tiny_shapes: Path, tm
     overrides = launch(tiny_shapes, tmp_path, "stages=[first_stage,base]", override)
     curriculum.run(*stages(compose("train", overrides), overrides, tmp_path))
     state, _ = load_tensors(tmp_path / "base" / "model" / "weights.safetensors")
-    assert ("first_stage.bottleneck.codebook.weight" in state) == (override == "first_stage=vq_f4")
+    assert ("first_stage.regularizer.codebook.weight" in state) == (override == "first_stage=vq_f4")
     assert any(name.startswith("conditioner.") for name in state) == (override != "conditioner=none")
 
 
@@ -178,7 +178,7 @@ def test_widths_follow_the_first_stage_of_another_run(tiny_shapes: Path, tmp_pat
     source = f"first_stage_from={tmp_path}/a/first_stage"
     given = launch(tiny_shapes, tmp_path / "b", "stages=[base]", source)
     ((stage,), models) = stages(compose("train", given), given, tmp_path / "b")
-    model = cast(LatentDiffusion, stage.build(models).module.model())
+    model = cast(LatentDiffusion, stage.build(models).module.export_module)
     assert cast(UNet, model.denoiser.network).in_channels == model.first_stage.latent_channels == 7
     refused = [*given, "network.in_channels=4", "network.out_channels=4"]
     ((stage,), models) = stages(compose("train", refused), refused, tmp_path / "b")

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from ldm.data.mixing import PERIOD, Shares
-from ldm.data.plan import Plan, bucket_masses, source_shares
-from ldm.data.turns import Turns
+from ldm.data.order.bucket_schedule import BucketSchedule
+from ldm.data.order.mixing import PERIOD, MixtureSchedule
+from ldm.data.order.plan import Plan, bucket_masses, source_shares
 from ldm.errors import UserError
 
 TWELVE = [997, 64, 65, 130, 700, 333, 128, 91, 404, 250, 77, 512]
@@ -68,13 +68,13 @@ def test_steps_asked_in_any_order_are_the_same() -> None:
 
 def test_a_bucket_is_served_evenly_over_an_epoch() -> None:
     samples = np.array([5000, 3000, 2000])
-    order = Turns(samples, 10, seed=0).at(np.arange(1000))[0]
+    order = BucketSchedule(samples, 10, seed=0).at(np.arange(1000))[0]
     assert np.bincount(order).tolist() == [500, 300, 200]
     served = np.cumsum(order[:, None] == np.arange(3), axis=0)
     ideal = (np.arange(1000)[:, None] + 1) * samples / 10000
     assert np.abs(served - ideal).max() < 4
-    assert (order != Turns(samples, 10, seed=1).at(np.arange(1000))[0]).mean() > 0.3
-    second = Turns(samples, 10, seed=0).at(np.arange(1000, 2000))[0]
+    assert (order != BucketSchedule(samples, 10, seed=1).at(np.arange(1000))[0]).mean() > 0.3
+    second = BucketSchedule(samples, 10, seed=0).at(np.arange(1000, 2000))[0]
     assert (order != second).mean() > 0.3
 
 
@@ -123,7 +123,7 @@ def test_each_source_goes_through_its_own_epochs() -> None:
 
 
 def test_shares_sum_up_in_closed_form_and_spread_over_positions() -> None:
-    shares = Shares(np.array([0.3, 0.6, 0.1]), 10, seed=0, bucket=0)
+    shares = MixtureSchedule(np.array([0.3, 0.6, 0.1]), 10, seed=0, bucket=0)
     assert (shares.numbers.sum(1) == 10).all()
     sources, places = zip(*(shares.at(c, np.arange(10)) for c in range(2 * PERIOD + 3)), strict=True)
     source, place = np.concatenate(sources), np.concatenate(places)

@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from ldm.data.caption_choice import CaptionChoice, MAX_caption_bytes
-from ldm.data.fetch import Fetcher, View
-from ldm.data.index import load_manifest
-from ldm.data.picture import BadSample
-from ldm.data.shards import write_shard
+from ldm.data.loading.caption_choice import CaptionChoice, MAX_caption_bytes
+from ldm.data.loading.fetch import Fetcher, View
+from ldm.data.shards.index import load_manifest
+from ldm.data.shards.picture import BadSample
+from ldm.data.shards.shards import write_shard
 from ldm.errors import UserError
 from tests.data.make import picture
 

@@ -5,8 +5,8 @@ from omegaconf import OmegaConf
 from ldm.config.build import stage_config
 from ldm.config.check import build
 from ldm.config.compose import compose
-from ldm.data.buckets import AspectRatios
-from ldm.data.datamodule import ShardDataModule
+from ldm.data.loading.datamodule import ShardDataModule
+from ldm.data.order.buckets import AspectRatios
 
 
 def composed(*overrides: str) -> ShardDataModule:
@@ -22,8 +22,8 @@ def test_filters_buckets_captions_and_mixtures_compose() -> None:
         "data.train.where='score > 5.0 and width >= 512'",
         "data.train.captions={txt: 0.8, json.alt: 0.15, empty: 0.05}",
         "data.train.weight=0.8",
-        "data.buckets={_target_: ldm.data.buckets.AspectRatios, step: 8}",
-        "data.mixed_with={art: {_target_: ldm.data.shard_source.ShardSource, shards: c, weight: 0.2}}",
+        "data.buckets={_target_: ldm.data.order.buckets.AspectRatios, step: 8}",
+        "data.mixed_with={art: {_target_: ldm.data.loading.shard_source.ShardSource, shards: c, weight: 0.2}}",
         "data.decode=fast",
         "data.threads=2",
         "data.train.allow_damaged=true",

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ldm.data import picture as picture_module
-from ldm.data.decode import DECODERS, cover_size, decoder, resize
-from ldm.data.picture import BadSample, decode
+from ldm.data.loading.decode import DECODERS, cover_size, decoder, resize
+from ldm.data.shards import picture as picture_module
+from ldm.data.shards.picture import BadSample, decode
 from ldm.errors import UserError
 from tests.data.make import picture
 

@@ -8,12 +8,12 @@ import pytest
 import torch
 from PIL import Image
 
-from ldm.data import fetch
-from ldm.data.caption_choice import CaptionChoice
-from ldm.data.fetch import Fetcher, View
-from ldm.data.index import load_manifest
-from ldm.data.picture import BadSample
-from ldm.data.shards import write_shard
+from ldm.data.loading import fetch
+from ldm.data.loading.caption_choice import CaptionChoice
+from ldm.data.loading.fetch import Fetcher, View
+from ldm.data.shards.index import load_manifest
+from ldm.data.shards.picture import BadSample
+from ldm.data.shards.shards import write_shard
 from ldm.errors import UserError
 from tests.data.make import picture, sample, shards
 
@@ -89,18 +89,18 @@ def test_a_bad_sample_has_the_same_good_substitute_everywhere(tmp_path: Path) ->
     broken = [("broken", {"png": b"", "txt": b"words"})]
     write_shard(tmp_path / "a.tar", [*broken, *(sample(i) for i in range(20))])
     manifest = load_manifest(tmp_path)
-    substitute, bad = Fetcher(manifest, View.of(16), seed=1).good(0, epoch=2)
+    substitute, bad = Fetcher(manifest, View.of(16), seed=1).fetch_or_substitute(0, epoch=2)
     assert bad == [(0, "empty picture")] and substitute.index > 0
-    assert Fetcher(manifest, View.of(16), seed=1).good(0, epoch=2)[0].index == substitute.index
-    others = {Fetcher(manifest, View.of(16), seed=1).good(0, epoch)[0].index for epoch in range(9)}
+    assert Fetcher(manifest, View.of(16), seed=1).fetch_or_substitute(0, epoch=2)[0].index == substitute.index
+    others = {Fetcher(manifest, View.of(16), seed=1).fetch_or_substitute(0, epoch)[0].index for epoch in range(9)}
     assert len(others) > 3
-    assert Fetcher(manifest, View.of(16)).good(5)[1] == []
+    assert Fetcher(manifest, View.of(16)).fetch_or_substitute(5)[1] == []
 
 
 def test_nothing_but_bad_samples_ends_with_their_names(tmp_path: Path) -> None:
     fetcher = one(tmp_path, {"png": b"", "txt": b"words"})
     with pytest.raises(UserError, match=r"(?s)8 samples in a row.*key in .*a.tar: empty picture"):
-        fetcher.good(0)
+        fetcher.fetch_or_substitute(0)
 
 
 def test_a_cache_changes_nothing_and_keeps_its_bound(tmp_path: Path) -> None:

@@ -5,11 +5,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ldm.data.buckets import AspectRatios, Sizes, Table
-from ldm.data.filters import Filter
-from ldm.data.index import Manifest, load_manifest
-from ldm.data.selection import Asked, select
-from ldm.data.shards import write_shard
+from ldm.data.order.buckets import AspectRatios, Sizes, Table
+from ldm.data.order.filters import Filter
+from ldm.data.order.selection import SelectionRequest, select
+from ldm.data.shards.index import Manifest, load_manifest
+from ldm.data.shards.shards import write_shard
 from ldm.errors import UserError
 from tests.data.make import picture
 
@@ -123,7 +123,7 @@ def manifest(folder: Path, sizes: list[tuple[int, int]], **numbers: list[float])
 
 def test_kept_and_dropped_are_counted_per_rule(tmp_path: Path) -> None:
     found = manifest(tmp_path, [(10 * i, 50) for i in range(1, 11)], score=list(range(10)))
-    source = Asked("train", found, Filter("width > 30 and (score < 8 or score > 99) and height >= 50"))
+    source = SelectionRequest("train", found, Filter("width > 30 and (score < 8 or score > 99) and height >= 50"))
     for _ in range(2):  # the second from the file
         _, (selection,) = select([source])
         assert selection.rules == [
@@ -139,12 +139,12 @@ def test_kept_and_dropped_are_counted_per_rule(tmp_path: Path) -> None:
 def test_a_filter_that_keeps_nothing_is_told_with_its_counts(tmp_path: Path) -> None:
     found = manifest(tmp_path, [(10, 10)] * 4)
     with pytest.raises(UserError, match=r"(?s)train: no sample is left of 4.*width > 5: 0 dropped, 4 kept.*4 dropped"):
-        select([Asked("train", found, Filter("width > 5 and height > 50"))])
+        select([SelectionRequest("train", found, Filter("width > 5 and height > 50"))])
 
 
 def test_without_filter_and_buckets_nothing_is_written(tmp_path: Path) -> None:
     found = manifest(tmp_path, [(10, 10)] * 4)
-    sizes, (selection,) = select([Asked("train", found)], size=(16, 16))
+    sizes, (selection,) = select([SelectionRequest("train", found)], size=(16, 16))
     assert sizes == [(16, 16)] and selection.counts == [4] and selection[3] == 3
     assert not (found.folder / "selections").exists()
 
@@ -171,7 +171,7 @@ def test_samples_go_to_the_nearest_aspect_ratio(tmp_path: Path) -> None:
     sides.append((16, 16))  # the last says nothing; it has the picture's size
     found = manifest(tmp_path, [*sides[:-1], (0, 10)])
     buckets = Sizes([[64, 64], [32, 128], [96, 40], [128, 32]])
-    sizes, (selection,) = select([Asked("train", found)], buckets, (64, 64), minimum=5)
+    sizes, (selection,) = select([SelectionRequest("train", found)], buckets, (64, 64), minimum=5)
     ratios = np.log([h / w for h, w in sizes])
     place = 0
     for bucket, count in enumerate(selection.counts):
@@ -185,7 +185,7 @@ def test_samples_go_to_the_nearest_aspect_ratio(tmp_path: Path) -> None:
 
 def test_small_generated_buckets_give_their_samples_to_the_nearest(tmp_path: Path) -> None:
     found = manifest(tmp_path, [(64, 64)] * 20 + [(128, 32)] * 3 + [(32, 128)] * 8)
-    sizes, (selection,) = select([Asked("t", found)], AspectRatios(step=16), (64, 64), minimum=8)
+    sizes, (selection,) = select([SelectionRequest("t", found)], AspectRatios(step=16), (64, 64), minimum=8)
     assert len(sizes) == 2 and selection.counts == [23, 8]
     assert [selection[i] for i in range(23, 31)] == list(range(23, 31))
 
@@ -193,7 +193,7 @@ def test_small_generated_buckets_give_their_samples_to_the_nearest(tmp_path: Pat
 def test_a_listed_bucket_without_enough_samples_is_refused_with_the_counts(tmp_path: Path) -> None:
     found = manifest(tmp_path, [(64, 64)] * 20)
     with pytest.raises(UserError, match=r"needs a global batch of samples, 8; .*32 x 128: 0, 64 x 64: 20"):
-        select([Asked("t", found)], Sizes([[64, 64], [32, 128]]), (64, 64), minimum=8)
+        select([SelectionRequest("t", found)], Sizes([[64, 64], [32, 128]]), (64, 64), minimum=8)
     for wrong in ([], [[3]], [[0, 4]], [[64, 64], [32, 32]]):
         with pytest.raises(UserError, match="buckets"):
             Sizes(wrong)

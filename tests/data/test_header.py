@@ -6,8 +6,8 @@ from io import BytesIO
 import pytest
 from PIL import Image
 
-from ldm.data.header import picture_size
-from ldm.data.picture import decode
+from ldm.data.shards.header import picture_size
+from ldm.data.shards.picture import decode
 from tests.data.make import picture
 
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ldm.data import columns, index
-from ldm.data.index import index_shards, load_manifest, main
-from ldm.data.shards import write_shard
+from ldm.data.shards import columns, index
+from ldm.data.shards.index import index_shards, load_manifest, main
+from ldm.data.shards.shards import write_shard
 from ldm.errors import UserError
 from tests.data.make import picture, sample, shards
 

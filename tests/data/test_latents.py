@@ -11,12 +11,12 @@ import torch
 import webdataset
 from torch import Tensor
 
-from ldm.data.buckets import Sizes
-from ldm.data.cache import Encoders, Work, write_latents
-from ldm.data.datamodule import ShardDataModule
-from ldm.data.latents import LatentRecord, LatentSource, read_record, summary, unpack
-from ldm.data.shard_source import ShardSource
-from ldm.data.shards import write_shard
+from ldm.data.loading.cache import Encoders, Work, write_latents
+from ldm.data.loading.datamodule import ShardDataModule
+from ldm.data.loading.latents import LatentRecord, LatentSource, read_record, summary, unpack
+from ldm.data.loading.shard_source import ShardSource
+from ldm.data.order.buckets import Sizes
+from ldm.data.shards.shards import write_shard
 from ldm.errors import UserError
 from tests.data import make
 

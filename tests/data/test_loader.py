@@ -2,11 +2,11 @@ import pytest
 import torch
 from torch.utils.data._utils.pin_memory import pin_memory
 
-from ldm.data.batch import Batch
-from ldm.data.fetch import Fetcher, View
-from ldm.data.index import load_manifest
-from ldm.data.loader import StepLoader, TrainBatches, ValBatches
-from ldm.data.plan import Plan
+from ldm.data.loading.batch import Batch
+from ldm.data.loading.fetch import Fetcher, View
+from ldm.data.loading.loader import StepLoader, TrainBatches, ValBatches
+from ldm.data.order.plan import Plan
+from ldm.data.shards.index import load_manifest
 from ldm.randomness import key
 from tests.data.make import shards
 
@@ -20,7 +20,7 @@ def test_a_batch_is_what_the_plan_says(fetcher: Fetcher) -> None:
     plan = Plan(50, 12, seed=4)
     batch = TrainBatches(fetcher, plan, total_steps=9)[6]
     assert batch.samples.tolist() == plan.step(6)[0].tolist() and batch.step == 6
-    assert batch.keys.tolist() == [key(4, "train", 6, position) for position in range(12)]
+    assert batch.rng_keys.tolist() == [key(4, "train", 6, position) for position in range(12)]
     assert batch.images.shape == (12, 3, 16, 16) and batch.images.dtype == torch.float32
     assert batch.fields["caption"] == [f"picture {i}" for i in batch.samples.tolist()]
     assert batch.original_size.tolist() == [[16, 16]] * 12 and batch.crop.tolist() == [[0, 0]] * 12
@@ -54,7 +54,7 @@ def test_a_loader_starts_anywhere_with_any_workers(fetcher: Fetcher, workers: in
 def test_validation_is_the_first_samples_in_order(fetcher: Fetcher) -> None:
     batches = list(StepLoader(ValBatches(fetcher, samples=10, batch=4)))
     assert [batch.samples.tolist() for batch in batches] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
-    assert batches[1].keys.tolist() == [key("val", i) for i in (4, 5, 6, 7)]
+    assert batches[1].rng_keys.tolist() == [key("val", i) for i in (4, 5, 6, 7)]
 
 
 def test_validation_is_shared_by_ranks_in_as_many_batches(fetcher: Fetcher) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ldm.data.numbers import Numbers, number
+from ldm.data.shards.numbers import Numbers, number
 
 
 def columns(rows: list[dict[str, Any]], kept: list[int] | None = None) -> dict[str, list[float]]:

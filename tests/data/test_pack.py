@@ -15,12 +15,12 @@ import pytest
 import webdataset
 from PIL import Image
 
-from ldm.data import pack as packing_module
-from ldm.data.fetch import Fetcher, View
-from ldm.data.index import load_manifest
-from ldm.data.index import main as index_main
-from ldm.data.pack import Packing, encode, in_val, main, pack
-from ldm.data.shards import expand
+from ldm.data.loading.fetch import Fetcher, View
+from ldm.data.shards import pack as packing_module
+from ldm.data.shards.index import load_manifest
+from ldm.data.shards.index import main as index_main
+from ldm.data.shards.pack import Packing, encode, in_val, main, pack
+from ldm.data.shards.shards import expand
 from ldm.errors import UserError
 from tests.data.make import picture
 
@@ -106,7 +106,7 @@ def test_a_killed_packing_goes_on_to_the_same_bytes(source: Path, tmp_path: Path
     packing = Packing(size=64, format="webp", shard_samples=10)
     out = tmp_path / "out"
     options = ["--size", "64", "--format", "webp", "--shard-samples", "10", "--workers", "2"]
-    command = [sys.executable, "-m", "ldm.data.pack", str(source), str(out), *options]
+    command = [sys.executable, "-m", "ldm.data.shards.pack", str(source), str(out), *options]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     while process.poll() is None and len(list(out.glob("*.tar"))) < 2:
         time.sleep(0.005)

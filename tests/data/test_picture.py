@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ldm.data import picture as picture_module
-from ldm.data.picture import BadSample, decode
+from ldm.data.shards import picture as picture_module
+from ldm.data.shards.picture import BadSample, decode
 from tests.data.make import picture
 
 

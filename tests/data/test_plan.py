@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from ldm.data.plan import Plan, micro_batch, permute
+from ldm.data.order.plan import Plan, micro_batch, permute
 from ldm.errors import UserError
 
 SIZES = [

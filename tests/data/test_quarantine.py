@@ -4,9 +4,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from ldm.data.batch import Batch
-from ldm.data.index import load_manifest
-from ldm.data.quarantine import Quarantine
+from ldm.data.loading.batch import Batch
+from ldm.data.loading.quarantine import Quarantine
+from ldm.data.shards.index import load_manifest
 from ldm.errors import UserError
 from tests.data.make import shards
 

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import webdataset
 
-from ldm.data.pack import Packing, main, pack
-from ldm.data.shards import expand, write_shard
+from ldm.data.shards.pack import Packing, main, pack
+from ldm.data.shards.shards import expand, write_shard
 from ldm.errors import UserError
 from tests.data.make import picture, sample, shards
 
@@ -115,7 +115,7 @@ def img2dataset_shaped(path: Path, count: int) -> list[dict[str, Any]]:
 def test_what_img2dataset_writes_is_read(tmp_path: Path) -> None:
     import numpy as np
 
-    from ldm.data.index import load_manifest
+    from ldm.data.shards.index import load_manifest
 
     img2dataset_shaped(tmp_path / "00000.tar", 6)
     img2dataset_shaped(tmp_path / "00001.tar", 6)
@@ -130,7 +130,7 @@ def test_what_img2dataset_writes_is_read(tmp_path: Path) -> None:
 
 
 def test_what_webdataset_writes_is_read(tmp_path: Path) -> None:
-    from ldm.data.index import load_manifest
+    from ldm.data.shards.index import load_manifest
 
     with webdataset.ShardWriter(str(tmp_path / "%05d.tar"), maxcount=4, verbose=0) as writer:
         for i in range(10):

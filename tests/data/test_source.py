@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from ldm.data.source import read_source
+from ldm.data.shards.pack_source import read_source
 from ldm.errors import UserError
 from tests.data.make import picture
 
@@ -88,7 +88,9 @@ def test_tables_that_do_not_fit_are_refused(tmp_path: Path, name: str, text: str
         read_source(tmp_path / name)
 
 
-@pytest.mark.parametrize("name", ["nocolon", "no.module:f", "ldm.data.source:nothing", "ldm.data.source:UserError.x"])
+@pytest.mark.parametrize(
+    "name", ["nocolon", "no.module:f", "ldm.data.shards.pack_source:nothing", "ldm.data.shards.pack_source:UserError.x"]
+)
 def test_functions_that_are_not_there_are_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(UserError, match="--caption-from"):
         read_source(tmp_path, name)

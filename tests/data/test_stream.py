@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from ldm.data import stream as stream_module
-from ldm.data.fetch import View
-from ldm.data.loader import StepLoader
-from ldm.data.shard_source import ShardSource
-from ldm.data.shards import write_shard
-from ldm.data.stream import Skipped, StreamBatches, StreamDataModule, StreamSource, caption_of, cropped
+from ldm.data.loading import stream as stream_module
+from ldm.data.loading.fetch import View
+from ldm.data.loading.loader import StepLoader
+from ldm.data.loading.shard_source import ShardSource
+from ldm.data.loading.stream import Skipped, StreamBatches, StreamDataModule, StreamSource, caption_of, cropped
+from ldm.data.shards.shards import write_shard
 from ldm.errors import UserError
 from tests.data.make import sample, shards
 
@@ -63,8 +63,8 @@ def test_ranks_seeds_and_starts_have_streams_of_their_own(folder: str) -> None:
 
 
 def test_the_noise_has_the_addresses_of_indexed_shards(folder: str) -> None:
-    whole = batches(StreamSource(folder, buffer=30))[1].keys.tolist()
-    halves = [batches(StreamSource(folder, buffer=30), rank=rank, world=2)[1].keys.tolist() for rank in (0, 1)]
+    whole = batches(StreamSource(folder, buffer=30))[1].rng_keys.tolist()
+    halves = [batches(StreamSource(folder, buffer=30), rank=rank, world=2)[1].rng_keys.tolist() for rank in (0, 1)]
     assert halves[0] + halves[1] == whole
 
 
@@ -173,7 +173,7 @@ def test_the_shipped_config_fits() -> None:
     from ldm.config.check import check
     from ldm.config.compose import compose
 
-    overrides = ["dataset@data=stream", "data.train.shards=pipe:cat a.tar", "data.val.shards=v", "run_folder=x"]
+    overrides = ["data=stream", "data.train.shards=pipe:cat a.tar", "data.val.shards=v", "run_folder=x"]
     data = compose("train", [*overrides, "name=x", "trainer.max_steps=3"]).data
     check(data)
     assert isinstance(build(data), StreamDataModule)

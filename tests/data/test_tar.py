@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from ldm.data.members import members, split_name
-from ldm.data.shards import open_shard, write_shard
-from ldm.data.tar import DAMAGE, JSON_CAPTION, NO_CAPTION, TEXT_CAPTION, scan_shard
+from ldm.data.shards.members import members, split_name
+from ldm.data.shards.shards import open_shard, write_shard
+from ldm.data.shards.tar import DAMAGE, JSON_CAPTION, NO_CAPTION, TEXT_CAPTION, scan_shard
 
 LONG = "folder/" * 30 + "name" * 20
 

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from ldm.conditioning.compose import Unconditional
 from ldm.config.build import build
 from ldm.config.compose import CONFIGS
-from ldm.data.batch import Batch
+from ldm.data.loading.batch import Batch
 from ldm.diffusion.criterion import L1, L2, Criterion, Huber
 from ldm.diffusion.denoiser import Denoiser
-from ldm.diffusion.loss import DenoisingLoss, DiffusionLoss, Draws
+from ldm.diffusion.loss import DenoisingLoss, DiffusionLoss, NoiseKeys
 from ldm.diffusion.prediction import X0, Epsilon, Prediction, V
 from ldm.diffusion.schedule import Level, ScaledLinear, Schedule, VariancePreserving
 from ldm.diffusion.time_density import Uniform
@@ -51,8 +51,8 @@ class Exact(nn.Module):
         return self.prediction.target(x0, (z - level.alpha * x0) / level.sigma, level)
 
 
-def draws(count: int, *address: int | str) -> Draws:
-    return Draws(keys(*(address or (0, "test")), count=count), torch.arange(count), count)
+def draws(count: int, *address: int | str) -> NoiseKeys:
+    return NoiseKeys(keys(*(address or (0, "test")), count=count), torch.arange(count), count)
 
 
 def data(count: int, numbers: int) -> Tensor:
@@ -122,7 +122,7 @@ def test_an_exact_denoiser_meets_the_optimal_loss_in_the_training_step(weighting
     loss = loss_of(WEIGHTINGS[weighting])
     denoiser = Denoiser(Exact(schedule, what), schedule, what)
     found = trained_on(loss, denoiser, n=1000, side=8).detach()
-    level = schedule(loss.times(denoiser, Draws(keys(0, count=1000), torch.arange(1000), 1000)))
+    level = schedule(loss.times(denoiser, NoiseKeys(keys(0, count=1000), torch.arange(1000), 1000)))
     weight = OF_OUTPUT[prediction] if weighting == "uniform" else ON_X0[weighting]
     optimal = weight(level) * variance_of_x0(level)
     # each sample's error is a mean of 192 squares of normal numbers
@@ -216,7 +216,7 @@ def test_what_a_weighting_learns_is_trained() -> None:
     module = DiffusionModule(model, loss_of(weighting), lambda p: torch.optim.SGD(p, lr=0.1))
     optimized = module.configure_optimizers()["optimizer"].param_groups[0]["params"]
     assert any(p is weighting.factors for p in optimized)
-    assert not any("factors" in name for name in module.trained())  # it is no part of the model
+    assert not any("factors" in name for name in module.trainable_parameters())  # it is no part of the model
     trained_on(module.loss, model.denoiser, n=8, side=2).backward()
     assert weighting.factors.grad is not None and float(weighting.factors.grad[0]) > 0
 
@@ -229,7 +229,7 @@ def test_noise_and_times_belong_to_the_samples_key() -> None:
     denoiser = Denoiser(Exact(ScaledLinear(), V()), ScaledLinear(), V())
     all_of, x0 = draws(6, 3), torch.randn(6, 4, 8, 8)
     whole = loss(denoiser, x0, {}, all_of)
-    part = loss(denoiser, x0[2:4], {}, Draws(all_of.keys[2:4], all_of.positions[2:4], 6))
+    part = loss(denoiser, x0[2:4], {}, NoiseKeys(all_of.rng_keys[2:4], all_of.positions[2:4], 6))
     assert torch.equal(whole.t[2:4], part.t)
     torch.testing.assert_close(whole.errors[2:4], part.errors)
 

@@ -61,8 +61,8 @@ def test_the_network_sees_edms_scaled_input() -> None:
     network.forward = lambda z, t: seen.append(z) or z  # type: ignore[method-assign,assignment,func-returns-value]
     denoiser = Denoiser(network, VarianceExploding(), EDM(1.0))
     z, t = torch.full((2, 1, 1, 1), 60.0), torch.tensor([30.0, 30.0], dtype=torch.float64)
-    denoiser.given({})(z, t)
-    denoiser.given({})(z, torch.tensor([30.0, 60.0], dtype=torch.float64))
+    denoiser.bind({})(z, t)
+    denoiser.bind({})(z, torch.tensor([30.0, 60.0], dtype=torch.float64))
     denoiser.output(z, t, denoiser.schedule(t), {})
     expected = [60 / 901**0.5, 60 / 901**0.5, 60 / 901**0.5, 60 / 3601**0.5, 60 / 901**0.5, 60 / 901**0.5]
     assert torch.cat(seen).flatten().tolist() == pytest.approx(expected)
@@ -76,7 +76,7 @@ def test_one_time_for_all_rows_is_solved_as_many_times_are(prediction: Predictio
     denoiser = Denoiser(network, ScaledLinear(), prediction)
     z = torch.randn(3, 5, dtype=torch.float64)
     t = torch.tensor([500.0, 500.0, 500.25], dtype=torch.float64)
-    general, quick = denoiser.given({})(z, t), denoiser.given({})(z[:2], t[:2])
+    general, quick = denoiser.bind({})(z, t), denoiser.bind({})(z[:2], t[:2])
     torch.testing.assert_close(quick.x0, general.x0[:2])
     torch.testing.assert_close(quick.eps, general.eps[:2])
     torch.testing.assert_close(quick.mix(0.9, -0.4), 0.9 * quick.x0 - 0.4 * quick.eps)

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from ldm.data.shapes import caption, splits
 from ldm.errors import UserError
-from ldm.evaluation.alignment import Alignment
 from ldm.evaluation.frechet import Statistics, frechet_distance
 from ldm.evaluation.interval import wilson
 from ldm.evaluation.protocol import Protocol, Result, Value, require_comparable
 from ldm.evaluation.reconstruction import psnr
+from ldm.examples.alignment import Alignment
+from ldm.examples.shapes import caption, splits
 
 
 def pictures(n: int, size: int, relations: bool = False) -> tuple[torch.Tensor, list[str]]:

@@ -6,11 +6,11 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 
-from ldm.data.shapes import caption, splits
-from ldm.evaluation.alignment import Alignment
 from ldm.evaluation.frechet import FrechetDistance, Statistics
 from ldm.evaluation.kernel import KernelDistance, Points
 from ldm.evaluation.reconstruction import ReconstructionQuality
+from ldm.examples.alignment import Alignment
+from ldm.examples.shapes import caption, splits
 
 N = 25
 

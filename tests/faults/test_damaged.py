@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from ldm.data import tar as tar_module
-from ldm.data.fetch import Fetcher, View
-from ldm.data.index import index_shards, load_manifest, main
-from ldm.data.picture import BadSample
-from ldm.data.shards import write_shard
-from ldm.data.tar import PROBLEMS, scan_shard
+from ldm.data.loading.fetch import Fetcher, View
+from ldm.data.shards import tar as tar_module
+from ldm.data.shards.index import index_shards, load_manifest, main
+from ldm.data.shards.picture import BadSample
+from ldm.data.shards.shards import write_shard
+from ldm.data.shards.tar import PROBLEMS, scan_shard
 from ldm.errors import UserError
 from tests.data.make import picture, sample, shards
 
@@ -173,7 +173,7 @@ def test_unfinished_columns_never_become_a_manifest(tmp_path: Path, monkeypatch:
             raise UserError("the deadline")
         return real(path)
 
-    monkeypatch.setattr("ldm.data.index.scan_shard", failing)
+    monkeypatch.setattr("ldm.data.shards.index.scan_shard", failing)
     with pytest.raises(UserError, match="the deadline"):
         index_shards(folder)
     assert list((tmp_path / ".index").iterdir()) == []

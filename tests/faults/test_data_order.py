@@ -16,13 +16,13 @@ import pytest
 import torch
 from PIL import Image
 
-from ldm.data.buckets import AspectRatios, Sizes
-from ldm.data.datamodule import ShardDataModule
-from ldm.data.fetch import Fetcher, View
-from ldm.data.index import load_manifest
-from ldm.data.loader import StepLoader
-from ldm.data.shard_source import ShardSource
-from ldm.data.shards import write_shard
+from ldm.data.loading.datamodule import ShardDataModule
+from ldm.data.loading.fetch import Fetcher, View
+from ldm.data.loading.loader import StepLoader
+from ldm.data.loading.shard_source import ShardSource
+from ldm.data.order.buckets import AspectRatios, Sizes
+from ldm.data.shards.index import load_manifest
+from ldm.data.shards.shards import write_shard
 from ldm.errors import UserError
 
 SIDES = [(16, 16), (32, 8), (8, 32), (24, 12)]  # width, height
@@ -129,7 +129,7 @@ def test_shards_of_1_to_1000_samples_in_12_buckets_over_2_3_epochs_on_two_ranks(
 LOADING = """
 import json, sys
 from tests.faults.test_data_order import ready
-from ldm.data.loader import StepLoader
+from ldm.data.loading.loader import StepLoader
 folder, seen, workers = sys.argv[1], sys.argv[2], int(sys.argv[3])
 try:
     start = sum(1 for line in open(seen) if line.endswith("\\n"))
@@ -265,7 +265,7 @@ def test_errors_that_may_pass_are_never_substituted(folder: str, monkeypatch: py
 
     monkeypatch.setattr(Fetcher, "_read", unreachable)
     with pytest.raises(ConnectionError, match="reset"):
-        Fetcher(load_manifest(folder), View.of(16)).good(0)
+        Fetcher(load_manifest(folder), View.of(16)).fetch_or_substitute(0)
 
 
 def resident_bytes() -> int:

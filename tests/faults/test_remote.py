@@ -9,13 +9,13 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from ldm.data import remote as remote_module
-from ldm.data import shards as shards_module
-from ldm.data.index import index_shards, load_manifest, main
-from ldm.data.remote import Remote
-from ldm.data.shard_cache import GiB, ShardCache
-from ldm.data.shards import expand, open_shard
-from ldm.data.tar import scan_shard
+from ldm.data.shards import remote as remote_module
+from ldm.data.shards import shards as shards_module
+from ldm.data.shards.index import index_shards, load_manifest, main
+from ldm.data.shards.remote import Remote
+from ldm.data.shards.shard_cache import GiB, ShardCache
+from ldm.data.shards.shards import expand, open_shard
+from ldm.data.shards.tar import scan_shard
 from ldm.errors import UserError
 from tests.data.make import shards
 from tests.faults.server import FAULTS, serving
@@ -107,7 +107,7 @@ def test_a_server_asks_for_patience(monkeypatch: pytest.MonkeyPatch) -> None:
             raise remote_module.Transient("busy", delay)
         return "done"
 
-    assert remote_module.persistently("url", attempt, Remote()) == "done"
+    assert remote_module.retry("url", attempt, Remote()) == "done"
     assert waited == [0.5, 1.0, 7.0, 4.0]
 
 
@@ -124,7 +124,7 @@ def test_the_deadline_counts_the_waiting(monkeypatch: pytest.MonkeyPatch) -> Non
         raise remote_module.Transient("busy")
 
     with pytest.raises(UserError, match=r"u could not be read: busy \(7 tries in 10 s, the deadline is 10.5 s\)"):
-        remote_module.persistently("u", attempt, Remote(deadline_s=10.5))
+        remote_module.retry("u", attempt, Remote(deadline_s=10.5))
     assert left == [10.5, 10.0, 9.0, 7.0, 5.0, 3.0, 1.0]
 
 
@@ -293,7 +293,7 @@ def test_knobs_are_above_zero(knob: str) -> None:
 
 
 def test_a_sample_of_a_shard_that_changed_on_its_server_is_refused(tmp_path: Path) -> None:
-    from ldm.data.fetch import Fetcher, View
+    from ldm.data.loading.fetch import Fetcher, View
 
     folder = Path(shards(tmp_path / "s", 5))
     with serving(folder) as served:
@@ -307,10 +307,10 @@ def test_a_sample_of_a_shard_that_changed_on_its_server_is_refused(tmp_path: Pat
 
 
 def test_what_passes_by_is_no_bad_sample(tmp_path: Path) -> None:
-    from ldm.data.fetch import Fetcher, View
+    from ldm.data.loading.fetch import Fetcher, View
 
     folder = Path(shards(tmp_path / "s", 5))
     with serving(folder) as served:
         manifest = load_manifest(f"{served.url}/00000.tar", remote=Remote(deadline_s=0.3, timeout_s=0.2))
     with pytest.raises(UserError, match="could not be read"):  # the server is gone
-        Fetcher(manifest, View.of(8)).good(0)
+        Fetcher(manifest, View.of(8)).fetch_or_substitute(0)

@@ -7,20 +7,20 @@ import torch
 
 from ldm.errors import UserError
 from ldm.first_stage.autoencoder import FirstStage
-from ldm.first_stage.bottleneck import KLBottleneck, VQBottleneck
+from ldm.first_stage.regularizer import KLRegularizer, VQRegularizer
 from ldm.networks.autoencoder import Decoder, Encoder
 
 
 def tiny(**changes: Any) -> FirstStage:
     torch.manual_seed(0)
     encoder, decoder = Encoder(3, 8, (1, 2), 1, 4, groups=4), Decoder(2, 8, (1, 2), 1, groups=4)
-    return FirstStage(encoder, KLBottleneck(), decoder, **({"latent_channels": 2} | changes))
+    return FirstStage(encoder, KLRegularizer(), decoder, **({"latent_channels": 2} | changes))
 
 
 def test_published_parameter_count() -> None:
     with torch.device("meta"):
         encoder, decoder = Encoder(3, 128, (1, 2, 4, 4), 2, 8), Decoder(4, 128, (1, 2, 4, 4), 2)
-        first_stage = FirstStage(encoder, KLBottleneck(), decoder, latent_channels=4)
+        first_stage = FirstStage(encoder, KLRegularizer(), decoder, latent_channels=4)
     assert sum(p.numel() for p in first_stage.parameters()) == 83_653_863
     assert first_stage.factor == 8
 
@@ -66,10 +66,10 @@ def test_a_cast_keeps_the_statistics_in_float32() -> None:
 def test_half_precision_autocast_and_memory_layout_are_close(codebook: bool) -> None:
     torch.manual_seed(0)
     encoder, decoder = Encoder(3, 8, (1, 2), 1, 2 if codebook else 4, groups=4), Decoder(2, 8, (1, 2), 1, groups=4)
-    bottleneck = VQBottleneck(64, 2) if codebook else KLBottleneck()
-    for entries in bottleneck.parameters():
+    regularizer = VQRegularizer(64, 2) if codebook else KLRegularizer()
+    for entries in regularizer.parameters():
         torch.nn.init.normal_(entries)
-    first_stage = FirstStage(encoder, bottleneck, decoder, 2, latent_std=0.5)
+    first_stage = FirstStage(encoder, regularizer, decoder, 2, latent_std=0.5)
     images = torch.rand(2, 3, 12, 20) * 2 - 1
     given = torch.randn(1, 2, 6, 10)
     wanted, decoded = first_stage.encode(images), first_stage.decode(given)
@@ -115,7 +115,7 @@ def test_the_fingerprint_changes_with_a_weight_and_with_a_statistic() -> None:
 def test_parts_that_do_not_fit_are_refused() -> None:
     encoder, decoder = Encoder(3, 8, (1, 2), 1, 4, groups=4), Decoder(2, 8, (1, 2, 2), 1, groups=4)
     with pytest.raises(UserError, match="divides the size by 2, the decoder multiplies by 4"):
-        FirstStage(encoder, KLBottleneck(), decoder, latent_channels=2)
+        FirstStage(encoder, KLRegularizer(), decoder, latent_channels=2)
     with pytest.raises(UserError, match="without quant_conv the encoder needs out_channels=6"):
         tiny(latent_channels=3, quant_conv=False)
     assert tiny(quant_conv=False)(torch.zeros(1, 3, 4, 4)).images.shape == (1, 3, 4, 4)

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 from ldm.errors import UserError
 from ldm.first_stage.autoencoder import Reconstruction
-from ldm.first_stage.bottleneck import Bottlenecked
 from ldm.first_stage.loss import L2, FirstStageLoss, adaptive_weight
 from ldm.first_stage.perceptual import PerceptualDistance
+from ldm.first_stage.regularizer import RegularizerOutput
 from ldm.networks.discriminator import PatchDiscriminator
 
 
@@ -34,7 +34,7 @@ class Distance(nn.Module):
 
 def reconstruct(images: Tensor, decoder: Scale, kl: float = 0.0) -> Reconstruction:
     z = decoder(torch.ones_like(images))
-    return Reconstruction(z, Bottlenecked(z, torch.full((len(images),), kl), {}))
+    return Reconstruction(z, RegularizerOutput(z, torch.full((len(images),), kl), {}))
 
 
 def build(**arguments: Any) -> FirstStageLoss:
@@ -48,7 +48,7 @@ def test_losses_are_summed_over_values_and_divided_by_the_batch() -> None:
     decoder = Scale(0.5)
     perceptual: Any = Distance()
     assert isinstance(perceptual, nn.Module) and not isinstance(perceptual, PerceptualDistance)
-    loss = build(perceptual=perceptual, perceptual_weight=2.0, bottleneck_weight=0.1)
+    loss = build(perceptual=perceptual, perceptual_weight=2.0, regularizer_weight=0.1)
     value, logs = loss.generator(IMAGES, reconstruct(IMAGES, decoder, kl=3.0), 0, decoder.weight)
     assert float(value.detach()) == pytest.approx(48 * (0.5 + 2.0 * 0.25) + 0.1 * 3.0)
     assert float(logs["pixel"]) == 0.5 and float(logs["perceptual"]) == 0.25
@@ -108,7 +108,7 @@ def test_bfloat16_reconstructions_give_a_finite_float32_loss() -> None:
     last = nn.Conv2d(4, 3, 3, padding=1).bfloat16()
     images = torch.rand(2, 3, 32, 32)
     made = last(torch.randn(2, 4, 32, 32).bfloat16())
-    reconstruction = Reconstruction(made, Bottlenecked(made, torch.zeros(2), {}))
+    reconstruction = Reconstruction(made, RegularizerOutput(made, torch.zeros(2), {}))
     discriminator = PatchDiscriminator(channels=4).bfloat16()
     loss = build(discriminator=discriminator, discriminator_start_steps=0)
     value, logs = loss.generator(images, reconstruction, 0, last.weight)

@@ -36,8 +36,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "sd2": dict(texts=(Text(VIT_H),), prediction="V", size=(768, 768)),
     "sdxl": dict(
         texts=(
-            Text(CLIP_L, **LAST, empty_as_zero=True),
-            Text(BIG_G, 1280, **LAST, pooled=True, empty_as_zero=True),
+            Text(CLIP_L, **LAST, zero_empty_embedding=True),
+            Text(BIG_G, 1280, **LAST, pooled=True, zero_empty_embedding=True),
         ),
         numbers=(*SIZES, TARGET),
         size=(1024, 1024),
@@ -67,7 +67,7 @@ def shipped(group: str, name: str) -> dict[str, Any]:
 
 def first_stage(name: str) -> dict[str, Any]:
     values = shipped("first_stage", name)
-    book = values["bottleneck"]
+    book = values["regularizer"]
     parts = {part: {k: v for k, v in values[part].items() if k != "_target_"} for part in ("encoder", "decoder")}
     return {
         **parts,
@@ -93,7 +93,7 @@ def test_a_published_model_is_recognised(family: str) -> None:
     assert sizes(_whole(found)[1]) == sizes(shapes)
     assert (found.texts, found.numbers, found.masked) == (model.texts, model.numbers, model.masked)
     assert (found.prediction, found.size, found.schedule) == (model.prediction, model.size, model.schedule)
-    for name in ("num_heads", "head_channels", "linear_projections", "context_dim", "vector_dim"):
+    for name in ("num_heads", "head_channels", "use_linear_projection", "context_dim", "vector_dim"):
         assert (found.network or {}).get(name) == network.get(name), name
     with torch.device("meta"):
         config = diffusers_config.unet_config(model, UNet(**network), 64)

@@ -42,7 +42,7 @@ def first_stage(codebook: dict[str, int] | None = None, channels: int = 4) -> di
 
 
 def network(width: int, context: int, **more: Any) -> dict[str, Any]:
-    linear = more.get("linear_projections", False)
+    linear = more.get("use_linear_projection", False)
     return {
         "in_channels": 4,
         "out_channels": 4,
@@ -54,7 +54,7 @@ def network(width: int, context: int, **more: Any) -> dict[str, Any]:
         "head_channels": 64 if linear else None,
         "context_dim": context,
         "transformer_depth": 1,
-        "linear_projections": linear,
+        "use_linear_projection": linear,
         "vector_dim": None,
         "groups": 32,
     } | more
@@ -74,7 +74,7 @@ def numbers(*last: dict[str, Any]) -> tuple[dict[str, Any], ...]:
 
 def architecture(family: str, vocab: int) -> Architecture:
     taken: dict[str, Any] = dict(layer=-2, final_norm=False)
-    size, linear = (SIDE, SIDE), dict(linear_projections=True)
+    size, linear = (SIDE, SIDE), dict(use_linear_projection=True)
     if family == "sd1":
         return Architecture(
             first_stage(), network(32, 64), (text(vocab, "quick_gelu"),), (), SD_SCHEDULE, "Epsilon", size
@@ -89,8 +89,8 @@ def architecture(family: str, vocab: int) -> Architecture:
     if family == "sdxl":
         unet = network(64, 64 + 128, **linear, attention_levels=[False, True], vector_dim=48 + 6 * 256)
         unet |= {"transformer_depth": [1, 2]}
-        first = text(vocab, "quick_gelu", **taken, empty_as_zero=True)
-        second = text(vocab, "gelu", 128, projection_dim=48, pooled=True, **taken, empty_as_zero=True)
+        first = text(vocab, "quick_gelu", **taken, zero_empty_embedding=True)
+        second = text(vocab, "gelu", 128, projection_dim=48, pooled=True, **taken, zero_empty_embedding=True)
         target = {"field": "target_size", "default": [SIDE, SIDE]}
         return Architecture(first_stage(), unet, (first, second), numbers(target), SD_SCHEDULE, "Epsilon", size)
     unet = network(64, 64, **linear, attention_levels=[True, False], transformer_depth=2, vector_dim=48 + 5 * 256)

@@ -44,7 +44,7 @@ def test_a_transformer_without_context_attends_to_itself_only() -> None:
 @pytest.mark.parametrize("linear", [False, True])
 def test_projections_are_the_same_map_in_both_shapes(linear: bool) -> None:
     conv = SpatialTransformer(8, heads=2, context_dim=6, groups=4)
-    other = SpatialTransformer(8, heads=2, context_dim=6, groups=4, linear_projections=linear)
+    other = SpatialTransformer(8, heads=2, context_dim=6, groups=4, use_linear_projection=linear)
     shapes = other.state_dict()
     other.load_state_dict({k: v.reshape(shapes[k].shape) for k, v in conv.state_dict().items()})
     x, tokens = torch.randn(2, 8, 3, 4), torch.randn(2, 5, 6)

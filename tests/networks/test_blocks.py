@@ -45,7 +45,7 @@ def test_resampling_sizes() -> None:
 
 def test_scale_shift_of_zero_is_the_block_without_embedding() -> None:
     torch.manual_seed(0)
-    block = ResBlock(8, 8, emb_channels=4, scale_shift=True, groups=4)
+    block = ResBlock(8, 8, emb_channels=4, use_scale_shift_norm=True, groups=4)
     x = torch.randn(2, 8, 5, 5)
     assert block.emb is not None
     torch.nn.init.zeros_(block.emb.bias)

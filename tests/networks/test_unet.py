@@ -18,7 +18,7 @@ SD1: dict[str, Any] = dict(
     num_heads=8,
     context_dim=768,
 )
-SD2 = SD1 | dict(num_heads=None, head_channels=64, context_dim=1024, linear_projections=True)
+SD2 = SD1 | dict(num_heads=None, head_channels=64, context_dim=1024, use_linear_projection=True)
 SDXL = SD2 | dict(
     channel_mult=(1, 2, 4),
     attention_levels=(False, True, True),
@@ -80,17 +80,17 @@ def test_a_fresh_unet_predicts_zero() -> None:
 
 
 def test_branches_begin_at_random_where_asked() -> None:
-    unet = UNet(4, 4, 16, (1, 2), 1, (True, True), num_heads=2, context_dim=12, groups=8, zero_branches=False)
+    unet = UNet(4, 4, 16, (1, 2), 1, (True, True), num_heads=2, context_dim=12, groups=8, zero_init_residual=False)
     assert unet(torch.randn(1, 4, 8, 8), torch.tensor([3.0]), torch.randn(1, 5, 12)).abs().max() == 0
     blocks = [block for level in (*unet.down, *unet.up) for block in level.blocks]
     assert all(block.res.conv_2.weight.std() > 0 and block.attention.proj_out.weight.std() > 0 for block in blocks)
 
 
-@pytest.mark.parametrize("resample_blocks", [False, True], ids=["convolutions", "blocks"])
+@pytest.mark.parametrize("resblock_updown", [False, True], ids=["convolutions", "blocks"])
 @pytest.mark.parametrize("size", [(8, 8), (9, 7), (20, 36), (33, 17), (1, 3)])
-def test_any_size_comes_back(size: tuple[int, int], resample_blocks: bool) -> None:
+def test_any_size_comes_back(size: tuple[int, int], resblock_updown: bool) -> None:
     levels = dict(channel_mult=(1, 1, 2, 2), attention_levels=(False, True, False, True))
-    unet = tiny(**levels, resample_blocks=resample_blocks)
+    unet = tiny(**levels, resblock_updown=resblock_updown)
     out = unet(torch.randn(1, 4, *size), torch.zeros(1), torch.randn(1, 3, 12))
     assert out.shape == (1, 4, *size) and out.isfinite().all()
 
@@ -160,7 +160,7 @@ def test_a_concat_of_another_size_is_refused() -> None:
 
 
 def test_unconditional_and_scale_shift() -> None:
-    unet = tiny(context_dim=None, scale_shift=True, num_res_blocks=(1, 2))
+    unet = tiny(context_dim=None, use_scale_shift_norm=True, num_res_blocks=(1, 2))
     assert unet(torch.randn(2, 4, 8, 8), torch.zeros(2)).shape == (2, 4, 8, 8)
 
 

@@ -4,22 +4,22 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from ldm.interop.names import Piece
+from ldm.interop.names import WeightMapping
 
 
-def copy_weights(ours: nn.Module, peer: nn.Module, pieces: Sequence[Piece]) -> None:
+def copy_weights(ours: nn.Module, peer: nn.Module, pieces: Sequence[WeightMapping]) -> None:
     """Loads our weights into the peer, all of them."""
     state = {name: p.detach() for name, p in ours.named_parameters()}
     peer.load_state_dict({piece.theirs: piece.of(state) for piece in pieces}, strict=True)
 
 
-def share_weights(ours: nn.Module, peer: nn.Module, pieces: Sequence[Piece]) -> None:
+def share_weights(ours: nn.Module, peer: nn.Module, pieces: Sequence[WeightMapping]) -> None:
     """Gives a peer that was built on the meta device our weights themselves, so that large ones exist once."""
     state = {name: p.detach() for name, p in ours.named_parameters()}
     peer.load_state_dict({piece.theirs: piece.of(state) for piece in pieces}, strict=True, assign=True)
 
 
-def gradients_of(peer: nn.Module, ours: nn.Module, pieces: Sequence[Piece]) -> dict[str, Tensor]:
+def gradients_of(peer: nn.Module, ours: nn.Module, pieces: Sequence[WeightMapping]) -> dict[str, Tensor]:
     """The peer's gradients by our names and in our shapes."""
     shapes = {name: p.shape for name, p in ours.named_parameters()}
     theirs = dict(peer.named_parameters())

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 pytest.importorskip("diffusers")
 
 from benchmarks.peers import MORE_PEERS, PEERS, STEPS, Peer, scheduler_run
+from ldm.commands.sample_plan import plan, settings_of
 from ldm.config.build import build
 from ldm.config.compose import CONFIGS, compose
-from ldm.config.plan import plan, settings_of
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.prediction import Epsilon, V
 from ldm.diffusion.schedule import ScaledLinear
@@ -55,7 +55,7 @@ def ours(entry: Peer, z: Tensor) -> tuple[Network, Tensor]:
     def noise(shape: tuple[int, ...]) -> Tensor:
         return torch.randn((len(z), *shape), generator=generator)
 
-    end = entry.sampler(denoiser.given({}), z, steps_of(entry.times, SCHEDULE, len(z)), noise)
+    end = entry.sampler(denoiser.bind({}), z, steps_of(entry.times, SCHEDULE, len(z)), noise)
     return network, end
 
 
@@ -98,7 +98,7 @@ def test_v_prediction_gives_the_same_trajectory() -> None:
     entry, z = PEERS["ddim"], torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     network = Network()
     denoiser = Denoiser(network, SCHEDULE, V())
-    end = entry.sampler(denoiser.given({}), z, steps_of(entry.times, SCHEDULE, len(z)), lambda shape: z)
+    end = entry.sampler(denoiser.bind({}), z, steps_of(entry.times, SCHEDULE, len(z)), lambda shape: z)
     scheduler: Any = diffusers.DDIMScheduler(**SD_DDIM, prediction_type="v_prediction")
     scheduler.set_timesteps(STEPS)
     assert relative(end, scheduler_run(entry, scheduler, Network(), z, torch.Generator())) < 1e-5

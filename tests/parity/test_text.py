@@ -77,13 +77,13 @@ def test_states_pooled_and_gradients_are_those_of_transformers(folder: Path, lay
 
 
 def test_left_out_layers_are_the_last(folder: Path) -> None:
-    two = clip_text_from_pretrained(str(folder), leave_out_layers=1)
+    two = clip_text_from_pretrained(str(folder), clip_skip=1)
     ids = torch.tensor([[1, 2, 3]])
     peer = CLIPTextModelWithProjection.from_pretrained(folder).text_model
     wanted = peer.final_layer_norm(peer(input_ids=ids, output_hidden_states=True).hidden_states[-2])
     assert relative(two(input_ids=ids).last_hidden_state, wanted) < TOLERANCE
     with pytest.raises(UserError, match="has 3 layers, and one has to stay"):
-        clip_text_from_pretrained(str(folder), leave_out_layers=3)
+        clip_text_from_pretrained(str(folder), clip_skip=3)
 
 
 def test_a_text_model_without_a_projection_is_refused(folder: Path, tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ SD1: Case = (
 )
 INPAINTING: Case = (SD1[0] | dict(in_channels=9), SD1[1] | dict(in_channels=9))
 SD2: Case = (
-    SD1[0] | dict(num_heads=None, head_channels=16, linear_projections=True),
+    SD1[0] | dict(num_heads=None, head_channels=16, use_linear_projection=True),
     SD1[1] | dict(attention_head_dim=(2, 4, 8, 8), use_linear_projection=True),
 )
 SDXL: Case = (
@@ -36,7 +36,7 @@ SDXL: Case = (
         attention_levels=(False, True, True),
         transformer_depth=(1, 2, 3),
         head_channels=16,
-        linear_projections=True,
+        use_linear_projection=True,
         context_dim=24,
         vector_dim=20 + 6 * 8,
     ),
@@ -59,7 +59,7 @@ REFINER: Case = (
         attention_levels=(False, True, True, False),
         transformer_depth=2,
         head_channels=16,
-        linear_projections=True,
+        use_linear_projection=True,
         context_dim=24,
         vector_dim=20 + 5 * 8,
     ),
@@ -133,13 +133,13 @@ def test_sd1_at_full_width() -> None:
     compare(ours | dict(model_channels=320, context_dim=768), peers | full, size=(16, 16))
 
 
-@pytest.mark.parametrize("resample_blocks", [False, True], ids=["convolutions", "blocks"])
-def test_unconditional_unets_are_those_of_diffusers(resample_blocks: bool) -> None:
+@pytest.mark.parametrize("resblock_updown", [False, True], ids=["convolutions", "blocks"])
+def test_unconditional_unets_are_those_of_diffusers(resblock_updown: bool) -> None:
     """Plain attention in the transformers' place; with `blocks` also scale and shift, as LSUN churches has it."""
     torch.manual_seed(0)
     unet = UNet(
         3, 3, 32, (1, 2, 4), 2, (False, True, True), head_channels=16, transformer_depth=0,
-        scale_shift=resample_blocks, resample_blocks=resample_blocks, groups=8,
+        use_scale_shift_norm=resblock_updown, resblock_updown=resblock_updown, groups=8,
     )  # fmt: skip
     spread(unet)
     peer = diffusers.UNet2DModel(
@@ -147,12 +147,12 @@ def test_unconditional_unets_are_those_of_diffusers(resample_blocks: bool) -> No
         out_channels=3,
         block_out_channels=(32, 64, 128),
         layers_per_block=2,
-        down_block_types=("ResnetDownsampleBlock2D" if resample_blocks else "DownBlock2D",) + ("AttnDownBlock2D",) * 2,
-        up_block_types=("AttnUpBlock2D",) * 2 + ("ResnetUpsampleBlock2D" if resample_blocks else "UpBlock2D",),
+        down_block_types=("ResnetDownsampleBlock2D" if resblock_updown else "DownBlock2D",) + ("AttnDownBlock2D",) * 2,
+        up_block_types=("AttnUpBlock2D",) * 2 + ("ResnetUpsampleBlock2D" if resblock_updown else "UpBlock2D",),
         attention_head_dim=16,
-        resnet_time_scale_shift="scale_shift" if resample_blocks else "default",
-        downsample_type="resnet" if resample_blocks else "conv",
-        upsample_type="resnet" if resample_blocks else "conv",
+        resnet_time_scale_shift="use_scale_shift_norm" if resblock_updown else "default",
+        downsample_type="resnet" if resblock_updown else "conv",
+        upsample_type="resnet" if resblock_updown else "conv",
         norm_eps=1e-5,
         norm_num_groups=8,  # with a channel per group the bias before a norm would have a gradient of exactly 0
         attn_norm_num_groups=8,

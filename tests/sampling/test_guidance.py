@@ -94,7 +94,7 @@ def guided(guidance: Guidance, t: float = 400.0, away: dict[str, Tensor] = NOTHI
 
 
 def plain(tokens: Tensor, t: float = 400.0, spread: float = 1.0) -> Denoised:
-    return denoiser(spread).given({"tokens": tokens})(points(), times(t))
+    return denoiser(spread).bind({"tokens": tokens})(points(), times(t))
 
 
 def consistent(found: Denoised, t: float) -> None:

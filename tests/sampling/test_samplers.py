@@ -109,7 +109,7 @@ def test_samples_do_not_depend_on_what_the_network_predicts(path: Path, predicti
     sampler, times = build(OmegaConf.load(path)), Trailing()(schedule, 10)
     denoiser = Denoiser(ExactNetwork(schedule, prediction), schedule, prediction)
     z = start(unit_noise(8), times, schedule)
-    one = sampler(denoiser.given({}), z, steps_of(times, schedule, len(z)), ImageNoise(list(range(8))))
+    one = sampler(denoiser.bind({}), z, steps_of(times, schedule, len(z)), ImageNoise(list(range(8))))
     other = sampler(exact(schedule), z, steps_of(times, schedule, len(z)), ImageNoise(list(range(8))))
     torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)  # the network's time is in float32
 

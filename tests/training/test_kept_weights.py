@@ -20,7 +20,7 @@ TOKENS = torch.randn(2, 5, 12, generator=torch.Generator().manual_seed(2))
 def unet(**more: Any) -> UNet:
     torch.manual_seed(0)
     network = UNet(
-        4, 4, 16, (1, 2), 1, (True, True), num_heads=2, context_dim=12, groups=4, zero_branches=False, **more
+        4, 4, 16, (1, 2), 1, (True, True), num_heads=2, context_dim=12, groups=4, zero_init_residual=False, **more
     )
     nn.init.normal_(network.conv_out.weight, std=0.1)
     return network.to(memory_format=torch.channels_last)  # type: ignore[no-any-return, call-overload]

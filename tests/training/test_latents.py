@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ldm.config.latents import main
+from ldm.commands.cache_latents import main
 from ldm.errors import UserError
 from ldm.training.curriculum import Job
 from ldm.training.diffusion import DiffusionModule

@@ -7,10 +7,10 @@ import torch
 
 from ldm.conditioning.compose import Compose
 from ldm.conditioning.micro import MicroConditioner
-from ldm.data.cache import Encoders, Work, write_latents
-from ldm.data.datamodule import ShardDataModule
-from ldm.data.latents import LatentRecord
-from ldm.data.shard_source import ShardSource, Source
+from ldm.data.loading.cache import Encoders, Work, write_latents
+from ldm.data.loading.datamodule import ShardDataModule
+from ldm.data.loading.latents import LatentRecord
+from ldm.data.loading.shard_source import ShardSource, Source
 from ldm.training.diffusion import condition_fields
 from tests.data.make import shards
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from ldm.data.loader import StepLoader
+from ldm.data.loading.loader import StepLoader
 from ldm.training import throughput
 from ldm.training.throughput import Throughput
 

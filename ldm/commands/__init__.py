@@ -1,0 +1,1 @@
+"""The applications behind the command lines: training, sampling, evaluation, cached latents."""

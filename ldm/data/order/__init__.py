@@ -1,0 +1,1 @@
+"""Which sample stands where in a run: filters, buckets, mixtures, the plan."""

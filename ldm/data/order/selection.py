@@ -1,0 +1,185 @@
+"""Which samples of each source a run uses, bucket by bucket: what filters keep and buckets take.
+
+The numbers of the samples lie in `selections/` in the manifest's folder, memory-mapped, so that a selection of 100
+million samples costs a process no memory; it is made once and used again by every process.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import numpy as np
+from numpy.lib.format import open_memmap
+from numpy.typing import NDArray
+
+from ldm.data.order.buckets import Buckets, Size, Table, edges
+from ldm.data.order.filters import CHUNK, Filter, Mask, RuleCount, count_rules
+from ldm.data.shards.index import Manifest
+from ldm.errors import UserError
+
+Ints = NDArray[np.int64]
+
+SIZE_KNOWN = "width and height are known"
+
+
+@dataclass(frozen=True)
+class SelectionRequest:
+    """A manifest and what is asked of its samples; `name` is for messages."""
+
+    name: str
+    manifest: Manifest
+    where: Filter | None = None
+
+
+class Selection:
+    """The chosen samples of a manifest, by place: those of the first bucket in manifest order, then the second's.
+
+    counts  samples of each bucket
+    rules   what each rule of the filter kept and dropped, in order
+    """
+
+    def __init__(self, counts: Sequence[int], rules: Sequence[RuleCount] = (), members: Path | None = None) -> None:
+        self.counts = list(counts)
+        self.rules = list(rules)
+        self._path = members  # None: all of them
+        self._members: NDArray[Any] | None = np.load(members, mmap_mode="r") if members else None
+
+    def __len__(self) -> int:
+        return sum(self.counts)
+
+    def __getitem__(self, place: int) -> int:
+        """The number in the manifest of the sample at a place."""
+        return place if self._members is None else int(self._members[place])
+
+    def within(self, first: int, stop: int) -> tuple[Ints, Ints]:
+        """(numbers, buckets) of those that stand from number `first` to before `stop`, bucket by bucket."""
+        if self._members is None:
+            return np.arange(first, stop), np.zeros(stop - first, np.int64)
+        ends = np.cumsum(self.counts)
+        parts = [self._members[end - count : end] for end, count in zip(ends, self.counts, strict=True)]
+        kept = [part[slice(*np.searchsorted(part, [first, stop]))] for part in parts]
+        buckets = [np.full(len(part), bucket) for bucket, part in enumerate(kept)]
+        return np.concatenate(kept).astype(np.int64), np.concatenate(buckets)
+
+    def __reduce__(self) -> tuple[type["Selection"], tuple[list[int], list[RuleCount], Path | None]]:
+        return Selection, (self.counts, self.rules, self._path)
+
+
+def select(
+    sources: Sequence[SelectionRequest],
+    buckets: Buckets | None = None,
+    size: Size = (1, 1),
+    minimum: int = 1,
+    weights: Sequence[float] | None = None,
+) -> tuple[list[Size], list[Selection]]:
+    """(sizes of the buckets, the selection of each source); without buckets there is the one size.
+
+    `minimum` samples are asked of each bucket. Raises UserError for filters that don't fit the columns or keep
+    nothing, and for buckets that nothing fits.
+    """
+    wanted = buckets.sizes(size) if buckets else [size]
+    table = Table(wanted, weights)
+    counted = [_counted(source, table if buckets else None) for source in sources]
+    for source, (rules, counts) in zip(sources, counted, strict=True):
+        if not counts.sum():
+            told = "\n".join(f"  {rule.rule}: {rule.dropped} dropped, {rule.kept} kept" for rule in rules)
+            raise UserError(f"{source.name}: no sample is left of {len(source.manifest)}:\n{told}\nchange these rules")
+    table.counts = [counts for _, counts in counted]
+    sizes = buckets.chosen(table, minimum) if buckets else wanted
+    samples = table.samples([wanted.index(each) for each in sizes])
+    return sizes, [
+        _selection(source, rules, samples[d].tolist(), sizes if buckets else None)
+        for d, (source, (rules, _)) in enumerate(zip(sources, counted, strict=True))
+    ]
+
+
+def _chunks(source: SelectionRequest, with_size: bool) -> Iterator[tuple[int, list[Mask], NDArray[np.float64]]]:
+    """(start, what each rule says, log aspect ratios) of the samples, a chunk at a time."""
+    manifest, where = source.manifest, source.where
+    columns = where.resolve(manifest) if where else {}
+    for start in range(0, len(manifest), CHUNK):
+        stop = min(start + CHUNK, len(manifest))
+        masks = where.masks(manifest, columns, start, stop) if where else []
+        ratios = np.zeros(0)
+        if with_size:
+            with np.errstate(all="ignore"):
+                ratios = np.log(manifest.column("height")[start:stop] / manifest.column("width")[start:stop])
+            masks.append(np.isfinite(ratios))
+        yield start, masks, ratios
+
+
+def _counted(source: SelectionRequest, table: Table | None) -> tuple[list[RuleCount], Ints]:
+    """What the rules keep, and the counts between the table's edges (without one: of all that is kept)."""
+    names = [*(source.where.rules if source.where else []), *([SIZE_KNOWN] if table else [])]
+    if not names:
+        return [], np.array([len(source.manifest)])
+    kept = _file(source, "counts", table.sizes if table else None).with_suffix(".json")
+    if not kept.is_file():
+        passed = np.zeros(len(names) + 1, np.int64)
+        counts = np.zeros(len(table.edges) + 1 if table else 1, np.int64)
+        for _, masks, ratios in _chunks(source, table is not None):
+            here = np.ones(len(masks[0]), np.bool_)
+            passed[0] += len(here)
+            for i, mask in enumerate(masks, 1):
+                here &= mask
+                passed[i] += here.sum()
+            counts += table.count(ratios[here]) if table else here.sum()
+        _written(kept, json.dumps({"passed": passed.tolist(), "counts": counts.tolist()}).encode())
+    facts = json.loads(kept.read_text())
+    return count_rules(names, facts["passed"]), np.array(facts["counts"])
+
+
+def _selection(
+    source: SelectionRequest, rules: list[RuleCount], counts: list[int], sizes: list[Size] | None
+) -> Selection:
+    if not rules:
+        return Selection(counts)
+    path = _file(source, "members", sizes).with_suffix(".npy")
+    if not path.is_file():
+        unfinished = path.with_name(f".{path.name}.{uuid4().hex}")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _write_members(unfinished, source, counts, sizes)
+            os.replace(unfinished, path)
+        except OSError as error:
+            raise UserError(f"cannot keep the selection in {path.parent} ({error}); give index=FOLDER") from error
+        finally:
+            unfinished.unlink(missing_ok=True)
+    return Selection(counts, rules, path)
+
+
+def _write_members(path: Path, source: SelectionRequest, counts: list[int], sizes: list[Size] | None) -> None:
+    kind = np.int32 if len(source.manifest) < 1 << 31 else np.int64
+    members = open_memmap(path, "w+", kind, (sum(counts),))
+    cuts = edges(sizes) if sizes else np.zeros(0)
+    ends = np.cumsum(counts) - counts
+    for start, masks, ratios in _chunks(source, sizes is not None):
+        chosen = np.flatnonzero(np.logical_and.reduce(masks))
+        bucket = np.searchsorted(cuts, ratios[chosen], side="right") if sizes else np.zeros(len(chosen), np.int64)
+        for number in np.unique(bucket):
+            those = chosen[bucket == number] + start
+            members[ends[number] : ends[number] + len(those)] = those
+            ends[number] += len(those)
+    members.flush()
+
+
+def _file(source: SelectionRequest, what: str, sizes: list[Size] | None) -> Path:
+    where = source.where
+    facts = [where.text, where.resolve(source.manifest)] if where else []
+    digest = hashlib.blake2b(json.dumps([facts, sizes]).encode(), digest_size=8).hexdigest()
+    return source.manifest.folder / "selections" / f"{what}-{digest}"
+
+
+def _written(path: Path, data: bytes) -> None:
+    unfinished = path.with_name(f".{path.name}.{uuid4().hex}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished.write_bytes(data)
+        os.replace(unfinished, path)
+    except OSError as error:
+        raise UserError(f"cannot keep the selection in {path.parent} ({error}); give index=FOLDER") from error

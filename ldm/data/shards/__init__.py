@@ -1,0 +1,1 @@
+"""Tar shards: packing, indexing, local and remote reading."""

@@ -1,0 +1,230 @@
+"""Shards as files: which ones a pattern means, reading byte ranges of them, writing one atomically.
+
+A path is local or a URL; `open_shard` alone knows which, everything else takes a Shard.
+"""
+
+import errno
+import io
+import os
+import tarfile
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from pathlib import Path
+from typing import Protocol
+
+from braceexpand import braceexpand
+
+from ldm.data.shards.remote import Remote, RemoteShard, Transient, file_system, is_remote, remote_state, retry
+from ldm.data.shards.shard_cache import GiB, ShardCache
+from ldm.errors import UserError
+
+Shards = str | Path | Sequence[str | Path]
+REQUESTS = 16  # to servers at once
+PASSING = frozenset({errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN})
+
+
+def expand(shards: Shards) -> list[str]:
+    """The sorted shard paths that a brace pattern, a folder (its *.tar files) or a list of both means.
+
+    Raises UserError where nothing is named, a path does not exist or is named twice.
+    """
+    entries = [shards] if isinstance(shards, str | Path) else list(shards)
+    if not entries:
+        raise UserError("no shards given; name a folder, a pattern like data/{00000..00127}.tar, or a list")
+    paths = [path for entry in entries for path in _expand_entry(str(entry))]
+    missing = [path for path in paths if not is_remote(path) and not os.path.isfile(path)]
+    if missing:
+        raise UserError(
+            f"{len(missing)} of {len(paths)} shards do not exist, the first is {missing[0]}; "
+            "name a folder, a pattern such as data/{00000..00127}.tar, or a list"
+        )
+    if len(set(paths)) < len(paths):
+        twice = next(path for path in paths if paths.count(path) > 1)
+        raise UserError(f"the shard {twice} is named more than once; name each shard once")
+    return sorted(paths)
+
+
+def _expand_entry(entry: str) -> list[str]:
+    """The paths of one entry; a folder gives its tar files, also one behind a URL whose files can be listed."""
+    if entry.startswith("pipe:"):
+        raise UserError(f"the shards of {entry} cannot be indexed; stream them (data=stream)")
+    if is_remote(entry) and (entry.startswith("http") or ".tar" in entry):
+        return list(braceexpand(entry))
+    if is_remote(entry):
+        return _listed(entry)
+    if not os.path.isdir(entry):
+        return list(braceexpand(entry))
+    found = sorted(str(path) for path in Path(entry).glob("*.tar"))
+    if not found:
+        inside = sorted({path.parent.name for path in Path(entry).glob("*/*.tar")})
+        hint = f"; its folders {', '.join(inside)} do: name one of them" if inside else ""
+        raise UserError(f"the folder {entry} has no *.tar files{hint}")
+    return found
+
+
+def _listed(url: str) -> list[str]:
+    """The tar files of a remote folder."""
+    files, path = file_system(url)
+    try:
+        found = sorted(files.glob(f"{path.rstrip('/')}/*.tar"))
+    except Exception as error:  # each file system has its own
+        raise UserError(f"the folder {url} cannot be listed: {type(error).__name__} {error}") from error
+    if not found:
+        raise UserError(f"the folder {url} has no *.tar files")
+    return [str(files.unstrip_protocol(name)) for name in found]
+
+
+def relative_names(paths: Sequence[str]) -> list[str]:
+    """The shards' names below the folder that holds them all; the same for a copy in another place."""
+    full = [path.partition("?")[0] if is_remote(path) else os.path.abspath(path) for path in paths]
+    folders = [path.split("/")[:-1] for path in full]
+    differ = (i for i, parts in enumerate(zip(*folders, strict=False)) if len(set(parts)) > 1)
+    shared = next(differ, min(map(len, folders)))
+    return ["/".join(path.split("/")[shared:]) for path in full]
+
+
+def states(paths: Sequence[str], remote: Remote | None = None) -> list[tuple[int, int]]:
+    """(size in bytes, time of change in ns) of each shard. Raises UserError for a remote one that is not there."""
+
+    def state(path: str) -> tuple[int, int]:
+        if is_remote(path):
+            return remote_state(path, remote or Remote())
+        local = os.stat(path)
+        return local.st_size, local.st_mtime_ns
+
+    if not any(map(is_remote, paths)):
+        return [state(path) for path in paths]
+    with ThreadPoolExecutor(REQUESTS) as pool:
+        return list(pool.map(state, paths))
+
+
+class Shard(Protocol):
+    """One open shard: byte ranges of it, its size, its time of change (a stamp, where it is remote).
+
+    A read that jumps costs as much as `jump_bytes` that are read in order.
+    """
+
+    path: str
+    size: int
+    mtime_ns: int
+
+    @property
+    def jump_bytes(self) -> int: ...
+
+    def read(self, offset: int, size: int) -> bytes: ...
+
+    def close(self) -> None: ...
+
+
+class ShardFile:
+    """A local shard; what passes by on network file systems is tried again like a remote shard's failures."""
+
+    jump_bytes = 16 << 10
+
+    def __init__(self, path: str, remote: Remote | None = None) -> None:
+        self.path = path
+        self._fd = os.open(path, os.O_RDONLY)
+        stat = os.fstat(self._fd)
+        self.size = stat.st_size
+        self.mtime_ns = stat.st_mtime_ns
+        self.remote = remote or Remote()
+
+    def read(self, offset: int, size: int) -> bytes:
+        """The bytes [offset, offset + size), fewer where the file ends before."""
+        try:
+            return os.pread(self._fd, size, offset)
+        except OSError as error:
+            if error.errno not in PASSING:
+                raise
+        return retry(self.path, lambda left: self._read_anew(offset, size), self.remote)
+
+    def _read_anew(self, offset: int, size: int) -> bytes:
+        """One try with the file opened again, as a stale handle stays stale."""
+        try:
+            with open(self.path, "rb", buffering=0) as file:
+                return os.pread(file.fileno(), size, offset)
+        except OSError as error:
+            if error.errno not in PASSING:
+                raise
+            raise Transient(f"{type(error).__name__}: {error}") from error
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def __del__(self) -> None:
+        if hasattr(self, "_fd"):
+            self.close()
+
+
+_remembered = lru_cache(maxsize=1 << 17)(remote_state)  # a copy's shard is asked for its state once
+
+
+def open_shard(path: str, remote: Remote | None = None) -> Shard:
+    """The shard at a path or URL, open for reading. The one place that knows what kind of path it is."""
+    if not is_remote(path):
+        return ShardFile(path, remote)
+    remote = remote or Remote()
+    if remote.shard_cache is None:
+        return RemoteShard(path, remote)
+    cache = ShardCache(remote.shard_cache, int(remote.shard_cache_gib * GiB))
+    shard = RemoteShard(path, remote, _remembered(path, remote))
+    while True:
+        try:
+            return ShardFile(cache.local(shard))
+        except FileNotFoundError:  # removed for another process' shard before it was opened
+            continue
+
+
+class OpenShards:
+    """The shards of a list, opened when first read; at most `limit` stay open, the least recently used goes.
+
+    Local copies of remote shards stay open in a smaller number, as what is open keeps its place on the disk.
+    It is the process's own: a copy sent to another process starts with none open.
+    """
+
+    def __init__(self, paths: Sequence[str], limit: int = 64, remote: Remote | None = None) -> None:
+        self.paths = paths
+        self.limit = limit if remote is None or remote.shard_cache is None else min(limit, 4)
+        self.remote = remote
+        self._open: OrderedDict[int, Shard] = OrderedDict()
+
+    def __getitem__(self, number: int) -> Shard:
+        shard = self._open.get(number)
+        if shard is None:
+            shard = self._open[number] = open_shard(self.paths[number], self.remote)
+            if len(self._open) > self.limit:
+                self._open.popitem(last=False)[1].close()
+        else:
+            self._open.move_to_end(number)
+        return shard
+
+    def __getstate__(self) -> dict[str, object]:
+        return self.__dict__ | {"_open": OrderedDict()}
+
+
+def write_shard(path: str | Path, samples: Iterable[tuple[str, Mapping[str, bytes]]]) -> int:
+    """Writes (key, {extension: bytes}) samples as one tar file and returns how many there were.
+
+    The same samples give the same bytes: no times, no owners, members in the order given. The file appears
+    under its name only when it is complete.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
+    count = 0
+    try:
+        with tarfile.open(unfinished, "w", format=tarfile.PAX_FORMAT) as tar:
+            for key, parts in samples:
+                for extension, data in parts.items():
+                    member = tarfile.TarInfo(f"{key}.{extension}")
+                    member.size = len(data)
+                    tar.addfile(member, io.BytesIO(data))
+                count += 1
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+    return count

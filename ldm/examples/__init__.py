@@ -1,0 +1,1 @@
+"""Example data: captioned shapes with an exact alignment measure, and emoji captions."""

@@ -1,0 +1,77 @@
+"""The versions beside an output: of Python, the packages, this code, and the device's name."""
+
+import json
+import platform
+import subprocess
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+from ldm.checkpoint import write_atomic
+
+PACKAGES = (
+    "ldm",
+    "torch",
+    "pytorch-lightning",
+    "hydra-core",
+    "omegaconf",
+    "transformers",
+    "tokenizers",
+    "webdataset",
+    "torchmetrics",
+    "safetensors",
+    "numpy",
+    "pillow",
+    "wandb",
+)
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@cache
+def versions() -> dict[str, str | None]:
+    """The versions by package; `commit` is None outside a git checkout, a package that is not there is None.
+
+    They are read once in a process.
+    """
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = None
+    return found | {"commit": _commit(ROOT), "device": _device()}
+
+
+def write_versions(folder: Path) -> None:
+    """Writes `folder/versions.json`."""
+    with write_atomic(folder / "versions.json") as temporary:
+        temporary.write_text(json.dumps(versions(), indent=2) + "\n")
+
+
+def _commit(root: Path) -> str | None:
+    """The commit that is checked out, with "-dirty" behind it where tracked files differ from it."""
+    if not (root / ".git").exists():
+        return None
+    try:
+        head = _git(root, "rev-parse", "HEAD")
+        return head + ("-dirty" if _git(root, "status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None  # no git here, or a checkout that it refuses
+
+
+def _git(root: Path, *arguments: str) -> str:
+    command = ["git", "--no-optional-locks", "-C", str(root), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+
+
+def _device() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
