@@ -36,7 +36,7 @@ def test_ranks_and_micro_steps_make_up_the_global_batch(fetcher: Fetcher, world:
     for step in (0, 4):
         parts = [ranks[r][step * accumulation + a] for a in range(accumulation) for r in range(world)]
         assert {part.step for part in parts} == {step}
-        for name in ("samples", "keys", "images"):
+        for name in ("samples", "rng_keys", "images"):
             assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(alone[step], name))
 
 

@@ -106,7 +106,7 @@ def test_a_killed_packing_goes_on_to_the_same_bytes(source: Path, tmp_path: Path
     packing = Packing(size=64, format="webp", shard_samples=10)
     out = tmp_path / "out"
     options = ["--size", "64", "--format", "webp", "--shard-samples", "10", "--workers", "2"]
-    command = [sys.executable, "-m", "ldm.data.shards.pack", str(source), str(out), *options]
+    command = [sys.executable, "-m", "ldm.data.pack", str(source), str(out), *options]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     while process.poll() is None and len(list(out.glob("*.tar"))) < 2:
         time.sleep(0.005)
