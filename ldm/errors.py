@@ -24,3 +24,11 @@ def listed(items: Sequence[str], separator: str = "; ", most: int = 8) -> str:
     """The first items, and how many more there are."""
     more = f" and {len(items) - most} more" if len(items) > most else ""
     return separator.join(items[:most]) + more
+
+
+class Interrupted(Exception):
+    """A run that was asked to stop and has saved its state; `exit_status` is 128 + the signal's number."""
+
+    def __init__(self, message: str, signal_number: int) -> None:
+        super().__init__(message)
+        self.exit_status = 128 + signal_number

@@ -66,7 +66,7 @@ class MetricsFile(Logger):
 
 
 class Rewind(pl.Callback):
-    """Rewinds a metrics file to the step that training goes on from."""
+    """Rewinds a metrics file to the step that training resumes from."""
 
     def __init__(self, file: MetricsFile) -> None:
         self.file = file
