@@ -4,7 +4,7 @@ from functools import cache
 
 import torch
 
-from ldm.config.build import load_trained
+load_trained = None  # shim
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.sampling.autoguidance import Autoguidance
 from ldm.sampling.guidance import Fields, Guidance, Inputs

@@ -3,11 +3,14 @@
 import collections.abc
 import importlib
 import inspect
+import os
 import re
 import types
 import typing
 from collections.abc import Callable
+from enum import Enum
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 from hydra.errors import InstantiationException
@@ -50,13 +53,14 @@ def check(node: Any, path: str = "", supplied: frozenset[str] = frozenset()) -> 
     if isinstance(node, ListConfig):
         for i in range(len(node)):
             check(node[i], f"{path}[{i}]")
+        return
     if not isinstance(node, DictConfig) or node._is_none() or node._is_missing():
         return
     if "_target_" in node:
         _check_arguments(node, path, supplied)
     for name in node:
         if not OmegaConf.is_missing(node, name):
-            check(node[name], f"{path}.{name!s}" if path else str(name))
+            check(node[name], _origin(node, str(name), f"{path}." if path else ""))
 
 
 def locate(target: str) -> Callable[..., Any]:
@@ -84,13 +88,19 @@ def locate(target: str) -> Callable[..., Any]:
 
 def takes(target: str, name: str) -> bool:
     """Whether the class or function has an argument of that name (`**kwargs` do not count)."""
-    parameter = inspect.signature(locate(target)).parameters.get(name)
+    try:
+        parameter = inspect.signature(locate(target)).parameters.get(name)
+    except ValueError:  # a builtin without a signature
+        return True
     return parameter is not None and parameter.kind in NAMED
 
 
 def _check_arguments(node: DictConfig, path: str, supplied: frozenset[str]) -> None:
     target = locate(str(node["_target_"]))
-    parameters = inspect.signature(target).parameters
+    try:
+        parameters = inspect.signature(target).parameters
+    except ValueError:
+        return  # a builtin without a signature: its constructor will judge
     open_ended = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
     known = [name for name, p in parameters.items() if p.kind is not inspect.Parameter.VAR_KEYWORD]
     keys = {str(name) for name in node} - HYDRA_KEYS
@@ -166,8 +176,8 @@ def _fits(value: Any, hint: Any) -> bool:
         return not inside or all(_fits(item, inside[0]) for item in value)
     if kind in (dict, collections.abc.Mapping):
         return OmegaConf.is_dict(value) and (not arguments or all(_fits(v, arguments[1]) for v in value.values()))
-    if inspect.isclass(kind) and kind.__module__.split(".")[0] == "ldm":
-        return getattr(kind, "_is_protocol", False) or not isinstance(value, bool | int | float | str)
+    if inspect.isclass(kind) and isinstance(value, bool | int | float | str):
+        return kind in (object, Path, os.PathLike) or issubclass(kind, Enum) or isinstance(value, kind)
     return True
 
 
@@ -184,7 +194,10 @@ def _words(hint: Any) -> str:
     if origin is typing.Literal:
         return " or ".join(map(repr, arguments))
     if origin in (list, tuple, collections.abc.Sequence, collections.abc.Iterable):
-        return f"a list of {_words(arguments[0])}s" if arguments and arguments[0] in (int, float, str) else "a list"
+        if origin is tuple and arguments and Ellipsis not in arguments:
+            return f"a list of {len(arguments)}"
+        plural = {int: " of whole numbers", float: " of numbers", str: " of texts"}
+        return f"a list{plural.get(arguments[0], '') if arguments else ''}"
     if origin in (dict, collections.abc.Mapping):
         return "a mapping"
     return getattr(hint, "__name__", str(hint))

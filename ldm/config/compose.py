@@ -151,21 +151,26 @@ def _load(
         for override in parsed:
             if override.is_sweep_override() and not loader.repository.group_exists(override.key_or_group):
                 _require_knob(cfg, override)
+    _drop_replaced_knobs(cfg, loader)
+    _require_distinct_names(cfg, loader)
     _require_no_idle_root_key(cfg, config_name)
     return cfg
 
 
 def _apply(overrides: list[Override], cfg: DictConfig) -> None:
     """Hydra's `_apply_overrides_to_config`, for names that exist or that the constructor beside them takes."""
-    for override in overrides:
+    for override in sorted(overrides, key=lambda override: not override.key_or_group.endswith("._target_")):
         name = override.key_or_group
-        if name.split(".")[0] == "hydra" or override.is_delete() or override.package is not None:
+        if override.package is not None:
+            groups = [path.name for path in CONFIGS.iterdir() if path.is_dir()]
+            raise UserError(f"{override.input_line}: there is no config group {name!r}; {nearest(name, groups)}")
+        if name.split(".")[0] == "hydra" or override.is_delete():
             _apply_overrides([override], cfg)
             continue
         _require_knob(cfg, override)
         value = override.value()
-        node = OmegaConf.select(cfg, name, throw_on_missing=False)
-        if isinstance(node, DictConfig) and value is not None and not isinstance(value, dict):
+        node = _node(cfg, name)
+        if isinstance(node, DictConfig) and not node._is_none() and not node._is_interpolation() and value is not None and not isinstance(value, dict):
             inside = ", ".join(f"{name}.{key}" for key in list(node)[:4])
             raise UserError(f"{name}={value}: {name} has knobs of its own ({inside}); give one of them, or {name}=null")
         with open_dict(cfg):
@@ -177,13 +182,24 @@ ConfigLoaderImpl.load_configuration = _load  # type: ignore[method-assign]
 ConfigLoaderImpl._apply_overrides_to_config = staticmethod(_apply)  # type: ignore[method-assign, assignment]
 
 
+def _node(cfg: DictConfig, name: str) -> Any:
+    """The node with a dotted name, its interpolations as they are; None where there is none."""
+    node: Any = cfg
+    for part in name.split("."):
+        if not isinstance(node, DictConfig) or node._is_none() or node._is_interpolation() or part not in node._content:
+            return None
+        node = node._get_node(part)
+    return node
+
+
 def _require_knob(cfg: DictConfig, override: Override) -> None:
     """UserError for a name that is not in the configuration and that no constructor takes."""
     name, known = override.key_or_group, set(names(cfg))
     if name in known or _may_be_added(cfg, known, name):
         return
     groups = [str(path.relative_to(CONFIGS)) for path in CONFIGS.rglob("*") if path.is_dir()]
-    raise UserError(f"{name}: there is no such knob; {_nearest_knob(name, {*known, *groups})}")
+    known = {knob for knob in known if knob.split(".")[0] != "hydra" and "._" not in knob} | set(groups)
+    raise UserError(f"{name}: there is no such knob; {_nearest_knob(name, known)}")
 
 
 def _may_be_added(cfg: DictConfig, known: set[str], name: str) -> bool:
@@ -197,7 +213,7 @@ def _may_be_added(cfg: DictConfig, known: set[str], name: str) -> bool:
         return True
     if parent and room not in known and (CONFIGS / room).is_dir():
         return True  # a group at null: the knob changes what a stage or a model brings, and is checked there
-    node = OmegaConf.select(cfg, parent) if parent in known else None
+    node = _node(cfg, parent) if parent else None
     return isinstance(node, DictConfig) and "_target_" in node and takes(str(node["_target_"]), last)
 
 
@@ -209,6 +225,64 @@ def _require_no_idle_root_key(cfg: DictConfig, config_name: str) -> None:
         if name not in shipped and name not in groups and name != "hydra" and name not in interpolated(cfg):
             known = {str(key) for key in shipped if key not in ("defaults", "hydra")} | groups
             raise UserError(f"{name}: nothing reads this key; {nearest(name, known)}")
+
+
+def _drop_replaced_knobs(cfg: DictConfig, loader: ConfigLoaderImpl) -> None:
+    """Removes what a shipped option says of one class from a node whose `_target_` is now another one.
+
+    So `network: {_target_: mine.DiT, width: 64}` in an experiment needs no list of what a UNet's options were, and
+    variant=tiny shrinks a UNet alone. A value that the user gave stays, and is checked.
+    """
+    choices = cfg.hydra.runtime.choices
+    variant = _option(loader, f"variant/{choices.get('variant')}") if choices.get("variant") else OmegaConf.create()
+    for group, choice in choices.items():
+        node = cfg.get(group) if group in cfg else None
+        if isinstance(node, DictConfig) and isinstance(choice, str) and "_target_" in node:
+            option = _option(loader, f"{group}/{choice}")
+            if option.get("_target_") != node["_target_"]:
+                _drop(node, [option, variant.get(group) or {}])
+
+
+def _drop(node: DictConfig, sources: Sequence[Any]) -> None:
+    target, raw = str(node["_target_"]), OmegaConf.to_container(node, resolve=False)
+    assert isinstance(raw, dict)
+    for name, value in raw.items():
+        shipped = any(name in source and source._get_node(name) == node._get_node(name) for source in sources if source)
+        if shipped and not str(name).startswith("_") and not takes(target, str(name)):
+            with open_dict(node):
+                del node[name]
+
+
+def _require_distinct_names(cfg: DictConfig, loader: ConfigLoaderImpl) -> None:
+    """UserError where two files of callbacks, or of loggers, define one name: one would be laid over the other."""
+    for group in ("callbacks", "logger"):
+        choice = cfg.hydra.runtime.choices.get(group)
+        chosen = list(choice) if OmegaConf.is_list(choice) else [choice]
+        defined: dict[str, str] = {}
+        for path, content in dict(file for name in chosen if name for file in _files(loader, f"{group}/{name}")).items():
+            for name in content:
+                if str(name) in defined:
+                    raise UserError(
+                        f"{group}.{name}: both {defined[str(name)]}.yaml and {path}.yaml define it; give one another name"
+                    )
+                defined[str(name)] = path
+
+
+def _option(loader: ConfigLoaderImpl, path: str) -> DictConfig:
+    """An option's file with those that it builds on."""
+    return cast(DictConfig, OmegaConf.merge({}, *(content for _, content in _files(loader, path))))
+
+
+def _files(loader: ConfigLoaderImpl, path: str) -> Iterator[tuple[str, DictConfig]]:
+    """An option's file and those of its group that it builds on, these first, by path."""
+    found = loader.repository.load_config(path)
+    if found is None:
+        return
+    for entry in found.defaults_list or []:
+        name = entry.get_name() if hasattr(entry, "get_name") else None
+        if name and name != "_self_" and type(entry).__name__ == "ConfigDefault":
+            yield from _files(loader, f"{path.rpartition('/')[0]}/{name}")
+    yield path, cast(DictConfig, OmegaConf.create(OmegaConf.to_container(found.config)))
 
 
 def _name_jobs_by_sweep(cfg: DictConfig, overrides: Iterable[Override]) -> None:
@@ -228,6 +302,8 @@ def _explain(loader: ConfigLoaderImpl, overrides: Sequence[Override], error: Exc
         group = override.key_or_group
         if override.is_sweep_override() or not repository.group_exists(group):
             continue
+        if override.package is not None and not override.is_add():
+            return f"{override.input_line}: nothing is selected there; give {group}={override.value()}"
         choices = override.value() if isinstance(override.value(), list) else [override.value()]
         known = loader.get_group_options(group)
         for choice in choices:
@@ -239,12 +315,14 @@ def _explain(loader: ConfigLoaderImpl, overrides: Sequence[Override], error: Exc
 
 
 def _nearest_knob(name: str, known: set[str]) -> str:
-    """The nearest names, those with the same last part first."""
+    """The nearest names: those that end alike first (`callbacks.ema.decay` for `ema.decay`), else any."""
+    top = {knob for knob in known if "." not in knob}
     last = name.split(".")[-1]
-    same = [k for k in known if k.split(".")[-1] == last]
-    below = [k for k in known if name in k.split(".")]  # a node by that name elsewhere: callbacks.ema for ema.decay
-    inside = [k for k in known if k.split(".")[-2:] == name.split(".")[-2:] and "." in name]
-    return nearest(name, inside or same or below or known)
+    ends_alike = [knob for knob in known if f".{knob}".endswith(f".{name}")]
+    same_last = [knob for knob in known if knob.split(".")[-1] == last]
+    if ends_alike or same_last:
+        return nearest(name, ends_alike or same_last, always=True)
+    return nearest(name, known if "." in name else top)
 
 
 def _first_line(error: BaseException) -> str:
