@@ -97,7 +97,7 @@ class FirstStage(nn.Module):
         return (z - self._wide(self.latent_mean)) / self._wide(self.latent_std)
 
     def moments(self, images: Tensor) -> Tensor:
-        """Mean and std [B, 2, C, h, w], in `encode`'s dtype, that it draws normalised latents with: mean + std * noise."""
+        """Mean and std [B, 2, C, h, w], typed as `encode`'s latents, which are drawn with: mean + std * noise."""
         mean, std = self.bottleneck.gaussian(self._features(images))
         scale = self._wide(self.latent_std)
         return torch.stack([(mean - self._wide(self.latent_mean)) / scale, std / scale], dim=1)
