@@ -11,11 +11,16 @@ from ldm.errors import UserError
 CHUNK_pixels = 4096  # of which distances to a codebook are computed at once
 
 
+def at_least_float32(x: Tensor) -> Tensor:
+    """x in float32 where it is in half precision; float32 and float64 stay as they are."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 class RegularizerOutput(NamedTuple):
     """What comes out of a regularizer in training."""
 
     z: Tensor  # [B, C, h, w], for the decoder
-    loss: Tensor  # [B], float32
+    loss: Tensor  # [B], float32; float64 of features in float64
     logs: dict[str, Tensor]  # scalars
 
 
@@ -32,7 +37,7 @@ class Regularizer(nn.Module, ABC):
 
     @abstractmethod
     def posterior(self, h: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and std, each [B, C, h, w] in float32, that the second stage's latents are drawn with."""
+        """Mean and std, each [B, C, h, w] in float32 at least, that the second stage's latents are drawn with."""
 
     def sample(self, h: Tensor, noise: Tensor | None = None) -> Tensor:
         """What the second stage models: mean + std * noise, with standard normal noise [B, C, h, w]; else the mean."""
@@ -81,8 +86,8 @@ class KLRegularizer(Regularizer):
 
     @staticmethod
     def moments(h: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and log variance, each [B, C, h, w] in float32."""
-        mean, log_var = h.to(torch.float32).chunk(2, dim=1)
+        """Mean and log variance, each [B, C, h, w] in float32 at least."""
+        mean, log_var = at_least_float32(h).chunk(2, dim=1)
         return mean, log_var.clamp(-30.0, 20.0)
 
     def posterior(self, h: Tensor) -> tuple[Tensor, Tensor]:
@@ -125,8 +130,8 @@ class VQRegularizer(Regularizer):
     @torch.no_grad()
     def indices(self, z: Tensor) -> Tensor:
         """The nearest entry [B, h, w] int64 of each pixel of z [B, C, h, w]."""
-        book = self.codebook.weight.to(torch.float32)
-        pixels = z.to(torch.float32).movedim(1, -1)  # [B, h, w, C]
+        pixels = at_least_float32(z).movedim(1, -1)  # [B, h, w, C]
+        book = self.codebook.weight.to(pixels.dtype)
         lengths = book.square().sum(1)
         parts = torch.split(pixels.flatten(0, 2), CHUNK_pixels)
         with torch.autocast(z.device.type, enabled=False):  # which would round the products, and find other entries
@@ -134,13 +139,13 @@ class VQRegularizer(Regularizer):
         return torch.cat(near).view(pixels.shape[:3])
 
     def quantise(self, z: Tensor) -> Tensor:
-        """The nearest entries of z [B, C, h, w], shaped like it, float32; gradients go to the entries."""
-        quantised: Tensor = self.codebook(self.indices(z)).to(torch.float32).movedim(-1, 1)
+        """The nearest entries of z [B, C, h, w], shaped like it, in float32 at least; gradients go to the entries."""
+        quantised: Tensor = at_least_float32(self.codebook(self.indices(z))).movedim(-1, 1)
         return quantised
 
     def posterior(self, h: Tensor) -> tuple[Tensor, Tensor]:
         """The features as they are, and no deviation: nothing is drawn."""
-        mean = h.to(torch.float32)
+        mean = at_least_float32(h)
         return mean, torch.zeros_like(mean)
 
     def quantize(self, z: Tensor) -> Tensor:
@@ -149,9 +154,9 @@ class VQRegularizer(Regularizer):
 
     def forward(self, h: Tensor, noise: Tensor | None = None) -> RegularizerOutput:
         """The entries, with the features' gradient; the codebook loss per image [B]; how many entries are in use."""
-        z = h.to(torch.float32)
+        z = at_least_float32(h)
         near = self.indices(z)
-        entries = self.codebook(near).to(torch.float32).movedim(-1, 1)
+        entries = at_least_float32(self.codebook(near)).movedim(-1, 1)
         commitment = (z - entries.detach()).square().flatten(1).mean(1)
         codebook = (entries - z.detach()).square().flatten(1).mean(1)
         loss = self.commitment_weight * commitment + self.codebook_weight * codebook

@@ -15,9 +15,9 @@ from ldm.conditioning import (
 from ldm.errors import UserError
 from ldm.interop.names import text_to_transformers
 
-from .names import gradients_of, relative, worst_gradient
+from .names import TOLERANCE, gradients_of, relative, worst_gradient
 
-TOLERANCE = 1e-5
+pytestmark = pytest.mark.usefixtures("float64")
 CAPTIONS = ["a red circle above a blue square", "a blue circle", ""]
 
 
@@ -57,8 +57,8 @@ def test_states_pooled_and_gradients_are_those_of_transformers(folder: Path, lay
         projection=clip_projection_from_pretrained(str(folder)),
         frozen=False,
         max_length=12,
-    )
-    peer = CLIPTextModelWithProjection.from_pretrained(folder)
+    ).double()
+    peer = CLIPTextModelWithProjection.from_pretrained(folder).double()
     ids = ours.tokens(CAPTIONS)
     theirs = peer(input_ids=ids, output_hidden_states=True)
     states = theirs.last_hidden_state if layer == -1 else theirs.hidden_states[layer]
@@ -77,9 +77,9 @@ def test_states_pooled_and_gradients_are_those_of_transformers(folder: Path, lay
 
 
 def test_left_out_layers_are_the_last(folder: Path) -> None:
-    two = clip_text_from_pretrained(str(folder), clip_skip=1)
+    two = clip_text_from_pretrained(str(folder), clip_skip=1).double()
     ids = torch.tensor([[1, 2, 3]])
-    peer = CLIPTextModelWithProjection.from_pretrained(folder).text_model
+    peer = CLIPTextModelWithProjection.from_pretrained(folder).double().text_model
     wanted = peer.final_layer_norm(peer(input_ids=ids, output_hidden_states=True).hidden_states[-2])
     assert relative(two(input_ids=ids).last_hidden_state, wanted) < TOLERANCE
     with pytest.raises(UserError, match="has 3 layers, and one has to stay"):
