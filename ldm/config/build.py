@@ -1,7 +1,7 @@
 """From a composed configuration to built objects: the stages of a launch, and a trained model read back."""
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
@@ -10,8 +10,6 @@ from typing import Any, cast
 
 import pytorch_lightning as pl
 import torch
-from hydra.errors import InstantiationException
-from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pytorch_lightning.accelerators import CPUAccelerator
@@ -19,16 +17,12 @@ from pytorch_lightning.accelerators import CPUAccelerator
 from ldm.checkpoint import RECORD as CHECKPOINT
 from ldm.commands.cache_latents import use_latents
 from ldm.config.check import build, check
-from ldm.config.compose import CONFIGS, names
 from ldm.config.devices import check_devices, pick_device
 from ldm.config.infer import check_fits
 from ldm.config.sources import inherit_first_stage, load_strictly, load_weights
 from ldm.config.stages import stage_config
 from ldm.config.watch import strategy, watch
-from ldm.data.loading.fetch import View
-from ldm.errors import UserError, nearest
-from ldm.evaluation.evaluate import ReferenceSet
-from ldm.evaluation.measures import Measure
+from ldm.errors import UserError
 from ldm.generation import SamplingSettings
 from ldm.interop.model_folder import ModelFolder, find_model_folder
 from ldm.latent_diffusion import LatentDiffusion
@@ -199,65 +193,6 @@ def _values(node: Any, name: str) -> Iterator[Any]:
     for part in inside:
         if OmegaConf.is_config(part):
             yield from _values(part, name)
-
-
-def trained_size(trained: Trained, size: Any) -> tuple[int, int]:
-    """(height, width) in pixels: as given, a number or [height, width], else what the model was trained at."""
-    height, width = View.of(trained.config.data.size if size is None else size).size
-    trained.model.first_stage.check_size(height, width)
-    return height, width
-
-
-def measures(metrics: Sequence[str], options: DictConfig, device: torch.device) -> tuple[list[Measure], dict[str, str]]:
-    """The measures with the given names of configs/metric, and of those that cannot be built the reason, by name.
-
-    `options` holds what differs from configs/metric, by name. UserError for a name that does not exist.
-    """
-    known = [path.stem for path in sorted((CONFIGS / "metric").glob("*.yaml"))]
-    for name in metrics:
-        if name not in known:
-            raise UserError(f"metrics: there is no metric {name!r}; {nearest(name, known)}")
-    found, missing = [], {}
-    for name in metrics:
-        path = f"metric_options.{name}"
-        node = OmegaConf.load(CONFIGS / "metric" / f"{name}.yaml")
-        given = OmegaConf.to_container(options.get(name, OmegaConf.create({})), resolve=True)
-        merged = cast(DictConfig, OmegaConf.merge(node, _without_nulls(given)))
-        check(merged, path)
-        try:
-            found.append(cast(Measure, instantiate(merged)).to(device))
-        except InstantiationException as error:
-            if not isinstance(error.__cause__, UserError):
-                raise
-            leaves = [knob for knob in names(merged) if not OmegaConf.is_config(OmegaConf.select(merged, knob))]
-            knobs = [f"{path}.{knob}" for knob in leaves if not knob.endswith("_target_")]
-            missing[name] = str(error.__cause__) + (f" ({', '.join(knobs)})" if knobs else "")
-    return found, missing
-
-
-def _without_nulls(options: Any) -> Any:
-    """The options that are set, of nested ones."""
-    if not isinstance(options, dict):
-        return options
-    return {name: _without_nulls(value) for name, value in options.items() if value is not None}
-
-
-def evaluation_sets(
-    trained: Trained, data: Any, size: tuple[int, int], n: int, cache: str | None = None
-) -> list[ReferenceSet]:
-    """The sets to evaluate on: one of the model's own by name, other shards, or all of the model's own."""
-    if n < 2:
-        raise UserError(f"n={n}: a distance and an interval need at least 2 pictures")
-    own: dict[str, Any] = OmegaConf.to_container(trained.config.evaluation.sets)  # type: ignore[assignment]
-    if data is None:
-        chosen = own
-    elif data in own:
-        chosen = {data: own[data]}
-    elif isinstance(data, str) and not Path(data).exists() and "{" not in data:
-        raise UserError(f"data={data}: neither a set of the model nor shards; {nearest(data, own)}")
-    else:
-        chosen = {"data": OmegaConf.to_container(data) if OmegaConf.is_config(data) else data}
-    return [ReferenceSet(name, shards, size, n, cache) for name, shards in chosen.items()]
 
 
 def _replace(node: Any, old: str, new: str) -> None:
