@@ -32,13 +32,12 @@ from ldm.evaluation.measures import Measure
 from ldm.generation import SamplingSettings
 from ldm.interop.model_folder import ModelFolder, find_model_folder
 from ldm.latent_diffusion import LatentDiffusion
+from ldm.networks.cpu import keep_freed_memory
 from ldm.training.checkpoint_io import FolderCheckpointIO
 from ldm.training.checkpointing import Checkpoints
 from ldm.training.curriculum import Job, Stage
 from ldm.training.diffusion import DiffusionModule
 from ldm.training.ema import EMA
-from ldm.training.freed_memory import keep_freed_memory
-from ldm.training.kept_weights import keep_weights
 from ldm.training.module import TrainingModule
 from ldm.training.precision import let_clip
 from ldm.versions import versions, write_versions
@@ -114,7 +113,6 @@ def build_job(config: DictConfig, folder: Path, order: int, models: dict[str, Pa
     module.to(memory_format=torch.channels_last)  # what convolutions are fastest in, on CPUs and GPUs alike
     if config.compile:
         module.compile_networks()
-    keep_weights(module)
 
     checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint.every_n_steps, config.checkpoint.keep)
     ema = EMA(config.ema.decay) if config.ema.decay is not None else None
@@ -175,10 +173,8 @@ def sampling_settings(cfg: DictConfig, guidance_scale: float) -> SamplingSetting
     """The sampler, grid, guidance and steps of sample.py's or evaluate.py's configuration."""
     if cfg.steps < 1:
         raise UserError(f"steps={cfg.steps}: expected 1 or more")
-    own = cast(DictConfig, OmegaConf.create(OmegaConf.to_container(cfg, resolve=False)))
-    own.guidance_scale = float(guidance_scale)  # what the guidance's own scale refers to
-    parts = build(own.sampler, "sampler"), build(own.grid, "grid"), build(own.guidance, "guidance")
-    return SamplingSettings(*parts, cfg.steps, float(cfg.get("strength", 1.0)))
+    parts = build(cfg.sampler, "sampler"), build(cfg.grid, "grid"), build(cfg.guidance, "guidance")
+    return SamplingSettings(*parts, cfg.steps, float(guidance_scale), float(cfg.get("strength", 1.0)))
 
 
 def warn_without_dropout(config: DictConfig, scales: Iterable[float]) -> None:
