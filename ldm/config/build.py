@@ -25,7 +25,7 @@ from ldm.errors import UserError
 from ldm.training.checkpoint_io import FolderCheckpointIO
 from ldm.training.checkpointing import DataPosition
 from ldm.training.curriculum import Job, Stage
-from ldm.training.freed_memory import keep_freed_memory
+from ldm.networks.cpu import keep_freed_memory
 from ldm.training.metrics_file import METRICS, MetricsFile, Rewind
 from ldm.training.module import TrainingModule
 from ldm.training.precision import let_clip

@@ -24,6 +24,7 @@ from ldm.diffusion.weighting import Uniform as UniformWeight
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.randomness import keys
 from ldm.training.diffusion import DiffusionModule
+from tests.networks.toy import ToyNetwork
 
 STD = 0.5
 
@@ -35,7 +36,7 @@ def shipped(group: str) -> dict[str, Any]:
 PREDICTIONS, WEIGHTINGS = shipped("prediction"), shipped("weighting")
 
 
-class Exact(nn.Module):
+class Exact(ToyNetwork):
     """The best possible network for data N(0, STD^2): E[a x0 + b eps | z]; `gain` 1 is exact."""
 
     def __init__(self, schedule: Schedule, prediction: Prediction, gain: float = 1.0) -> None:
@@ -234,7 +235,7 @@ def test_noise_and_times_belong_to_the_samples_key() -> None:
     torch.testing.assert_close(whole.errors[2:4], part.errors)
 
 
-class Zero(nn.Module):
+class Zero(ToyNetwork):
     """A network that says nothing, and notes what it is given."""
 
     def forward(self, z: Tensor, t: Tensor) -> Tensor:

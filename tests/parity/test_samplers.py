@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 pytest.importorskip("diffusers")
 
@@ -25,6 +25,7 @@ from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.prediction import Epsilon, V
 from ldm.diffusion.schedule import ScaledLinear
 from ldm.sampling.sampler import steps_of
+from tests.networks.toy import ToyNetwork
 
 from .names import relative
 
@@ -35,7 +36,7 @@ TOLERANCE = 1e-5
 ALL = PEERS | MORE_PEERS
 
 
-class Network(nn.Module):
+class Network(ToyNetwork):
     """A noise estimate that depends on z and t in every number, and leads to bounded samples; notes its inputs."""
 
     def __init__(self) -> None:
