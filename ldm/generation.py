@@ -13,7 +13,7 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from ldm.checkpoint import write_atomic
-from ldm.conditioning.text import Fields
+from ldm.conditioning.conditioner import Fields
 from ldm.diffusion.schedule import Schedule
 from ldm.errors import UserError
 from ldm.latent_diffusion import LatentDiffusion

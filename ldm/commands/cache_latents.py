@@ -17,7 +17,7 @@ import torch
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from ldm.conditioning.text import Conditioner
+from ldm.conditioning.conditioner import Conditioner
 from ldm.config.check import build
 from ldm.config.compose import completed, compose, register_resolvers
 from ldm.config.devices import devices_of, pick_device

@@ -1,20 +1,25 @@
 """What the parts of a model have to agree on, read from their configuration before any of them is built."""
 
 from collections.abc import Collection
+from pathlib import Path
 from typing import Any
 
 import torch
 from hydra.errors import InstantiationException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
+from transformers import CLIPTextConfig
 
-from ldm.conditioning.compose import Compose
+from ldm.conditioning.classes import ClassConditioner
+from ldm.conditioning.compose import Compose, Unconditional
 from ldm.conditioning.condition import Widths
-from ldm.conditioning.text import Conditioner
+from ldm.conditioning.conditioner import Conditioner
+from ldm.conditioning.image import LowResolution, MaskedImage
+from ldm.conditioning.micro import MicroConditioner
+from ldm.conditioning.text import TextConditioner
 from ldm.config.check import build, locate
 from ldm.data.loading.fetch import View
 from ldm.errors import UserError
-from ldm.first_stage.regularizer import Regularizer
 from ldm.latent_diffusion import check_latents, check_widths
 from ldm.networks.unet import UNet
 
@@ -23,16 +28,9 @@ def fits(what: str, _root_: DictConfig) -> Any:
     """The value of `${fits:WHAT}`: that of an argument which depends on another part of the model.
 
     Of a network: in_channels, out_channels, context_dim, vector_dim, as the first stage and the conditioner give
-    them (None where it cannot be known before the conditioner is built). Of a first stage's loss: regularizer_weight,
-    sum_values, as its regularizer's models were trained. `factor`: how many times smaller the first stage's latents are.
+    them (None where it cannot be known before the conditioner is built).
     """
     first_stage = _root_.first_stage
-    if what in ("regularizer_weight", "sum_values"):
-        regularizer = locate(str(first_stage.regularizer._target_))
-        own = regularizer if isinstance(regularizer, type) and issubclass(regularizer, Regularizer) else Regularizer
-        return own.loss_weight if what == "regularizer_weight" else own.sums_values
-    if what == "factor":
-        return 2 ** (len(first_stage.encoder.channel_mult) - 1)
     latents = int(first_stage.latent_channels)
     if what == "out_channels":
         return latents
@@ -52,12 +50,44 @@ def planned_widths(node: DictConfig, latent_channels: int) -> Widths | None:
         if not (isinstance(target, type) and issubclass(target, Conditioner)):
             return None
         if not issubclass(target, Compose):
-            return target.planned(node, latent_channels)
+            return _widths_before_building(target, node, latent_channels)
         parts = [planned_widths(part, latent_channels) for part in node["conditioners"]]
     except (KeyError, TypeError, UserError, OmegaConfBaseException):  # `check` will say what is wrong with it
         return None
     known = [part for part in parts if part is not None]
     return Widths(*map(sum, zip(*known, strict=True))) if known and len(known) == len(parts) else None
+
+
+def _widths_before_building(target: type[Conditioner], node: DictConfig, latent_channels: int) -> Widths | None:
+    """The widths of the shipped conditioners that are not built yet; None where they are not known."""
+    if issubclass(target, ClassConditioner):
+        return Widths(tokens=int(node["dim"]))
+    if issubclass(target, MicroConditioner):
+        return Widths(vector=int(node.get("channels", 256)) * len(node["default"]))
+    if issubclass(target, LowResolution):
+        return Widths(concat=3)
+    if issubclass(target, MaskedImage):
+        return Widths(concat=latent_channels + 1)
+    if not issubclass(target, TextConditioner):
+        return Widths() if issubclass(target, Unconditional) else None
+    projection, pooled = node.get("projection"), bool(node.get("pooled"))
+    width, vector = _text_width(node["encoder"]), _text_width(projection or node["encoder"], projection is not None)
+    return None if width is None or (pooled and vector is None) else Widths(width, vector if pooled and vector else 0)
+
+
+def _text_width(node: DictConfig, projected: bool = False) -> int | None:
+    if "hidden_size" in node:
+        return int(node.get("projection_dim", node["hidden_size"]) if projected else node["hidden_size"])
+    name = str(node.get("name_or_path"))
+    published = {"clip-vit-large": 768, "CLIP-ViT-H-14": 1024, "CLIP-ViT-bigG": 1280}
+    hub = next((width for part, width in published.items() if part in name), None)
+    if hub is not None and not Path(name).exists():
+        return hub
+    try:
+        config, _ = CLIPTextConfig.get_config_dict(name, subfolder=str(node.get("subfolder") or ""))
+    except (OSError, ValueError):
+        return None
+    return int(config.get("projection_dim", 512) if projected else config.get("text_config", config)["hidden_size"])
 
 
 def check_fits(config: DictConfig, stages: Collection[str]) -> None:

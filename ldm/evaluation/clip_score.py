@@ -52,7 +52,7 @@ class CLIPScore(Metric):
     def from_pretrained(cls, source: str) -> Self:
         """With a CLIP of a folder or of the Hugging Face hub, e.g. "openai/clip-vit-large-patch14"."""
         model = load_pretrained(CLIPModel, source)
-        return cls(cast(CLIPModel, model), tokenizer_from_pretrained(source), name=source)
+        return cls(cast(CLIPModel, model), cast(CLIPTokenizer, tokenizer_from_pretrained(source)), name=source)
 
     @cached_property
     def description(self) -> str:
