@@ -89,22 +89,22 @@ class FirstStage(nn.Module):
         return Reconstruction(self._images(regularized.sample), regularized)
 
     def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
-        """Normalised latents [B, C, h, w], float32, of images [B, 3, H, W] in [-1, 1].
+        """Normalised latents [B, C, h, w], in float32 at least, of images [B, 3, H, W] in [-1, 1].
 
         Without noise [B, C, h, w] a KL posterior gives its mean. Gradients and autocast are the caller's.
         """
         z = self.regularizer.sample(self._features(images), noise)
-        return (z.to(torch.float32) - self._wide(self.latent_mean)) / self._wide(self.latent_std)
+        return (z - self._wide(self.latent_mean)) / self._wide(self.latent_std)
 
     def moments(self, images: Tensor) -> Tensor:
-        """Mean and std [B, 2, C, h, w], float32, of `encode`'s normalised latents: mean + std * noise."""
+        """Mean and std [B, 2, C, h, w] of `encode`'s normalised latents: mean + std * noise."""
         mean, std = self.regularizer.posterior(self._features(images))
         scale = self._wide(self.latent_std)
         return torch.stack([(mean - self._wide(self.latent_mean)) / scale, std / scale], dim=1)
 
     def decode(self, z: Tensor) -> Tensor:
         """Images [B, 3, H, W], in about [-1, 1] and not clamped, of normalised latents [B, C, h, w]."""
-        z = z.to(torch.float32) * self._wide(self.latent_std) + self._wide(self.latent_mean)
+        z = z * self._wide(self.latent_std) + self._wide(self.latent_mean)  # in float32 at least, as the statistics
         return self._images(self.regularizer.quantize(z))
 
     def check_size(self, height: int, width: int) -> None:

@@ -11,11 +11,16 @@ from ldm.errors import UserError
 CHUNK_pixels = 4096  # whose distances to the codebook are computed at once
 
 
+def at_least_float32(x: Tensor) -> Tensor:
+    """x in float32 where it is in half precision; float32 and float64 are unchanged."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 class RegularizerOutput(NamedTuple):
     """A regularizer's output in training."""
 
     sample: Tensor  # [B, C, h, w], for the decoder
-    loss: Tensor  # the batch's mean, weighted, float32
+    loss: Tensor  # the batch's mean, weighted, in float32 at least
     logs: dict[str, Tensor]  # scalars, unweighted; `regularizer` is the loss without its weight
 
 
@@ -30,7 +35,7 @@ class Regularizer(nn.Module, ABC):
 
     @abstractmethod
     def posterior(self, h: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and std of the second stage's latents, each [B, C, h, w] in float32."""
+        """Mean and std of the second stage's latents, each [B, C, h, w] in float32 at least."""
 
     def sample(self, h: Tensor, noise: Tensor | None = None) -> Tensor:
         """The second stage's latents: mean + std * noise, with standard normal noise [B, C, h, w]; else the mean."""
@@ -80,8 +85,8 @@ class KLRegularizer(Regularizer):
 
     @staticmethod
     def moments(h: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and log variance, each [B, C, h, w] in float32."""
-        mean, log_var = h.to(torch.float32).chunk(2, dim=1)
+        """Mean and log variance, each [B, C, h, w] in float32 at least."""
+        mean, log_var = at_least_float32(h).chunk(2, dim=1)
         return mean, log_var.clamp(-30.0, 20.0)
 
     def posterior(self, h: Tensor) -> tuple[Tensor, Tensor]:
@@ -124,8 +129,8 @@ class VQRegularizer(Regularizer):
     @torch.no_grad()
     def indices(self, z: Tensor) -> Tensor:
         """The nearest entry [B, h, w] int64 of each pixel of z [B, C, h, w]."""
-        book = self.codebook.weight.to(torch.float32)
-        pixels = z.to(torch.float32).movedim(1, -1)  # [B, h, w, C]
+        pixels = at_least_float32(z).movedim(1, -1)  # [B, h, w, C]
+        book = self.codebook.weight.to(pixels.dtype)
         lengths = book.square().sum(1)
         parts = torch.split(pixels.flatten(0, 2), CHUNK_pixels)
         with torch.autocast(z.device.type, enabled=False):  # rounded products would give other entries
@@ -134,19 +139,19 @@ class VQRegularizer(Regularizer):
 
     def posterior(self, h: Tensor) -> tuple[Tensor, Tensor]:
         """The features as they are, and a std of 0."""
-        mean = h.to(torch.float32)
+        mean = at_least_float32(h)
         return mean, torch.zeros_like(mean)
 
     def quantize(self, z: Tensor) -> Tensor:
-        """The nearest entries of z [B, C, h, w], shaped like it, float32; gradients go to the entries."""
-        quantized: Tensor = self.codebook(self.indices(z)).to(torch.float32).movedim(-1, 1)
+        """The nearest entries of z [B, C, h, w], shaped like it, in float32 at least; gradients go to the entries."""
+        quantized: Tensor = at_least_float32(self.codebook(self.indices(z))).movedim(-1, 1)
         return quantized
 
     def forward(self, h: Tensor, noise: Tensor | None = None) -> RegularizerOutput:
         """The entries, with the features' gradient; the codebook loss; logs with the count of entries in use."""
-        z = h.to(torch.float32)
+        z = at_least_float32(h)
         near = self.indices(z)
-        entries = self.codebook(near).to(torch.float32).movedim(-1, 1)
+        entries = at_least_float32(self.codebook(near)).movedim(-1, 1)
         commitment = (z - entries.detach()).square().flatten(1).mean(1)
         codebook = (entries - z.detach()).square().flatten(1).mean(1)
         loss = (self.commitment_weight * commitment + self.codebook_weight * codebook).mean()

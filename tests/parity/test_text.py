@@ -82,7 +82,7 @@ def test_left_out_layers_are_the_last(folder: Path) -> None:
     peer = CLIPTextModelWithProjection.from_pretrained(folder).text_model
     wanted = peer.final_layer_norm(peer(input_ids=ids, output_hidden_states=True).hidden_states[-2])
     assert relative(two(input_ids=ids).last_hidden_state, wanted) < TOLERANCE
-    with pytest.raises(UserError, match="clip_skip=3: .* has 3 layers"):
+    with pytest.raises(UserError, match=r"clip_skip=3: .* has 3 layers"):
         text_encoder_from_pretrained(str(folder), clip_skip=3)
 
 
