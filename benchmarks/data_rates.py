@@ -73,7 +73,7 @@ def token_rates(folder: Path) -> dict[str, Rate]:
         return 32
 
     def batches(size: int) -> Rate:
-        return _counted(lambda number: len(conditioner.tokens(captions[:size])))
+        return _counted(lambda number: len(conditioner.tokenize(captions[:size])[0]))
 
     ours = {f"captions/s: tokens, batches of {size}": batches(size) for size in (32, 256)}
     return {"captions/s: tokens, transformers one by one": _counted(one_by_one), **ours}

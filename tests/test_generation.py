@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ldm.conditioning import Compose, MaskedImage
 from ldm.conditioning.condition import Condition, Widths
-from ldm.conditioning.text import Conditioner
+from ldm.conditioning.conditioner import Conditioner
 from ldm.data.loading.batch import Batch
 from ldm.diffusion.criterion import L2
 from ldm.diffusion.denoiser import Denoiser
@@ -52,9 +52,6 @@ class Lengths(Conditioner):
     def forward(self, fields: object, keys: Tensor | None = None) -> Condition:
         lengths = torch.tensor([float(len(text)) for text in fields["caption"]])
         return Condition(tokens=torch.stack([lengths.sin(), lengths.cos()], 1)[:, None].repeat(1, 2, 4))
-
-    def empty(self, n: int) -> Condition:
-        return self({"caption": [""] * n})
 
 
 def model(in_channels: int = 4, beside: MaskedImage | None = None) -> LatentDiffusion:

@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from ldm.conditioning.text import Conditioner
+
+from ldm.conditioning.conditioner import Conditioner
 from ldm.config.check import build
 from ldm.config.compose import compose
 from ldm.config.devices import devices_of, pick_device
+from ldm.config.infer import refers_to
 from ldm.config.processes import launched
 from ldm.config.sources import load_first_stage
-from ldm.config.infer import refers_to
 from ldm.config.stages import require_resolvable, stage_config
 from ldm.data.loading.cache import Encoders, Work, write_latents
 from ldm.data.loading.datamodule import ShardDataModule

@@ -22,10 +22,10 @@ from ldm.config.infer import check_fit, fill_widths
 from ldm.config.sources import inherit_first_stage, load_weights
 from ldm.config.stages import stage_config
 from ldm.errors import UserError
+from ldm.networks.cpu import keep_freed_memory
 from ldm.training.checkpoint_io import FolderCheckpointIO
 from ldm.training.checkpointing import DataPosition
 from ldm.training.curriculum import Job, Stage
-from ldm.networks.cpu import keep_freed_memory
 from ldm.training.metrics_file import METRICS, MetricsFile, Rewind
 from ldm.training.module import TrainingModule
 from ldm.training.precision import let_clip

@@ -7,7 +7,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from ldm.conditioning.condition import Widths
-from ldm.conditioning.text import Conditioner
+from ldm.conditioning.conditioner import Conditioner
 from ldm.config.check import build
 from ldm.data.loading.fetch import View
 from ldm.errors import UserError

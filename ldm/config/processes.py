@@ -53,7 +53,7 @@ def _cluster() -> "ClusterEnvironment | None":
     from lightning_fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 
     if TorchElasticEnvironment.detect():
-        cluster: "ClusterEnvironment" = TorchElasticEnvironment()
+        cluster: ClusterEnvironment = TorchElasticEnvironment()
     elif "SLURM_PROCID" in os.environ and SLURMEnvironment.detect():
         cluster = SLURMEnvironment()
     else:

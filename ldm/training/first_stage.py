@@ -73,7 +73,7 @@ class FirstStageModule(TrainingModule):
         step = self.trainer.global_step
         reconstruction = self.first_stage(batch.images, self._noise(batch.images, batch.rng_keys))
 
-        loss, logs = self.loss.generator(batch.images, reconstruction, step, self.first_stage.last_layer)
+        loss, logs = self.loss.generator(batch.images, reconstruction, step, self.first_stage)
         self._step(optimizers[0], loss, self.first_stage)
         if len(optimizers) > 1 and self.loss.adversarial_at(step):
             fake = reconstruction.images.detach()

@@ -28,7 +28,7 @@ class Progress(ProgressBar):
         super().__init__()
         self.stage = stage
         self.every_s = every_s
-        self._bar: "tqdm[Any] | None" = None
+        self._bar: tqdm[Any] | None = None
         self._redirected = ExitStack()
         self._started = self._shown = 0.0
         self._first_step = self._step = 0

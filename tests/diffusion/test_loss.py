@@ -43,6 +43,8 @@ class Exact(ToyNetwork):
         super().__init__()
         self.schedule, self.prediction = schedule, prediction
         self.gain = nn.Parameter(torch.tensor(gain))
+        self.in_channels = self.out_channels = 3  # the pictures' of Passing
+        self.context_dim = self.vector_dim = None
 
     def forward(self, z: Tensor, t: Tensor) -> Tensor:
         scale = (self.schedule.t_max + 1) / 1000 if isinstance(self.schedule, ScaledLinear) else 1 / 1000
