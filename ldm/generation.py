@@ -56,6 +56,7 @@ class SamplingSettings:
     guidance: Guidance
     steps: int
     strength: float = 1.0
+    guidance_scale: float | None = None  # shim: until a guidance takes the scale in its call
 
     @property
     def steps_made(self) -> int:
@@ -106,6 +107,7 @@ class Generator:
         fields, inputs, negative = self._conditions(requests, self._shown(images, masks, (len(requests), 3, *size)))
 
         times = settings.times(schedule)
+        _scale(settings)
         self.denoiser.prepare(times)
         settings.guidance.check(self.denoiser, self.first_stage)
         denoise = settings.guidance(self.denoiser, inputs, negative, fields)
@@ -188,6 +190,15 @@ class Generator:
                 "mask": torch.ones(shape, device=self.device)[:, :1],
             }
         return {name: tensor for name, tensor in (("image", images), ("mask", masks)) if tensor is not None}
+
+
+def _scale(settings: SamplingSettings) -> None:
+    """Shim: sets the scale of the innermost guidance, until a guidance takes the scale in its call."""
+    guidance: object = settings.guidance
+    while guidance is not None and settings.guidance_scale is not None:
+        if hasattr(guidance, "scale"):
+            guidance.scale = settings.guidance_scale
+        guidance = getattr(guidance, "guidance", None)
 
 
 class _Steps:

@@ -130,7 +130,7 @@ def build_job(config: DictConfig, folder: Path, order: int, models: dict[str, Pa
     let_clip(trainer)
     if isinstance(trainer.accelerator, CPUAccelerator):
         keep_freed_memory()
-    text = OmegaConf.to_yaml(config)
+    text = OmegaConf.to_yaml(_exported(config))
     if trainer.is_global_zero:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.yaml").write_text(text)
@@ -139,6 +139,17 @@ def build_job(config: DictConfig, folder: Path, order: int, models: dict[str, Pa
     record = {"experiment": config.name, "order": order, "inherited": {k: str(v) for k, v in models.items()}}
     record["versions"] = versions()
     return Job(module, datamodule, trainer, checkpoints, ema, text, tokenizer, record)
+
+
+def _exported(config: DictConfig) -> DictConfig:
+    """Shim: the two keys that readers of a model folder use, until the stages' configurations have them."""
+    text = cast(DictConfig, OmegaConf.create(OmegaConf.to_container(config)))
+    if config.task == "diffusion":
+        text.model = config.tasks.diffusion.latent_diffusion
+        names = ("sampler", "grid", "guidance", "steps", "guidance_scale")
+        text.sampling = {name: config.samples[name] for name in names}
+        text.sampling.guidance.pop("scale", None)
+    return text
 
 
 # ----------------------------------------------------------------------------------------- trained models
@@ -178,7 +189,7 @@ def sampling_settings(cfg: DictConfig, guidance_scale: float) -> SamplingSetting
     own = cast(DictConfig, OmegaConf.create(OmegaConf.to_container(cfg, resolve=False)))
     own.guidance_scale = float(guidance_scale)  # what the guidance's own scale refers to
     parts = build(own.sampler, "sampler"), build(own.grid, "grid"), build(own.guidance, "guidance")
-    return SamplingSettings(*parts, cfg.steps, float(cfg.get("strength", 1.0)))
+    return SamplingSettings(*parts, cfg.steps, float(cfg.get("strength", 1.0)), float(guidance_scale))
 
 
 def warn_without_dropout(config: DictConfig, scales: Iterable[float]) -> None:
