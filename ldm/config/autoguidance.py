@@ -4,7 +4,7 @@ from functools import cache
 
 import torch
 
-from ldm.config.build import load_trained
+from ldm.config.trained import load_trained
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.sampling.autoguidance import Autoguidance
 from ldm.sampling.guidance import Fields, Guidance, Inputs
@@ -12,7 +12,7 @@ from ldm.sampling.guidance import Fields, Guidance, Inputs
 
 def autoguidance(guidance: Guidance, checkpoint: str, weights: str = "ema") -> Autoguidance:
     """Guidance away from the model at `checkpoint` (a run, a stage, a model folder), which is read once."""
-    model = _weaker(checkpoint, weights)
+    model = _load_weaker(checkpoint, weights)
 
     def describe(fields: Fields, device: torch.device) -> Inputs:
         return model.conditioner.to(device)(fields, None).inputs()
@@ -21,5 +21,5 @@ def autoguidance(guidance: Guidance, checkpoint: str, weights: str = "ema") -> A
 
 
 @cache
-def _weaker(checkpoint: str, weights: str) -> LatentDiffusion:
+def _load_weaker(checkpoint: str, weights: str) -> LatentDiffusion:
     return load_trained(checkpoint, weights, "cpu").model

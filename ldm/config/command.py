@@ -4,6 +4,7 @@ import logging
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import hydra
@@ -18,7 +19,17 @@ from ldm.errors import UserError
 from ldm.training.curriculum import Interrupted
 from ldm.versions import write_versions
 
-Main = Callable[[DictConfig], float | None]
+Main = Callable[..., float | None]
+
+
+@dataclass(frozen=True)
+class Invocation:
+    """Shim: what a command was called with, its overrides and the folder of its files; sample.py's is given one."""
+
+    overrides: list[str]
+    folder: Path
+
+
 
 
 def command(config_name: str, texts: Sequence[str] = ()) -> Callable[[Main], Callable[[], None]]:
@@ -31,6 +42,9 @@ def command(config_name: str, texts: Sequence[str] = ()) -> Callable[[Main], Cal
         def guarded(cfg: DictConfig) -> float | None:
             try:
                 _write_versions(Path(HydraConfig.get().runtime.output_dir))
+                if config_name == "sample":  # shim, see Invocation
+                    config = HydraConfig.get()
+                    return main(cfg, Invocation(list(config.overrides.task), Path(config.runtime.output_dir)))
                 return main(cfg)
             except Interrupted as stop:
                 sys.stderr.write(f"{stop}\n")
