@@ -1,80 +1,77 @@
-"""The axes of a contact sheet: knobs and the values that each takes, e.g. grid.x="steps=10,20,50"."""
+"""The axes of a contact sheet: knobs and the values that each takes, e.g. sheet.x="steps=10,20,50"."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import product
-
-from omegaconf import DictConfig
 
 from ldm.config.compose import parse
 from ldm.errors import UserError
 
 NAMES = ("x", "y", "z")
-COMMAND = ("checkpoint", "from", "out", "prompts", "n", "batch_size", "weights", "device", "devices", "hydra")
+COMMAND_KNOBS = (
+    *("checkpoint", "from", "out", "overwrite", "prompts", "n", "batch_size", "weights", "device", "devices"),
+    *("sheet", "hydra"),
+)
+"""The knobs of the whole command, which one picture cannot have its own value of."""
+
+Cell = tuple[int, int, int]
+"""(column, row, panel)."""
 
 
 @dataclass(frozen=True)
 class Axis:
-    """One knob, as an override names it, and the texts of its values."""
+    """One knob, as an override names it, and the texts of its values; by default an axis with a single place."""
 
-    knob: str
-    values: tuple[str, ...]
+    knob: str = ""
+    values: tuple[str, ...] = ("",)
 
     def labels(self) -> list[str]:
-        """What stands beside the pictures."""
+        """The labels of the values, for the edge of the sheet."""
         return [f"{self.knob.split('.')[-1]} {value}".strip() for value in self.values]
-
-
-NOTHING = Axis("", ("",))
 
 
 @dataclass(frozen=True)
 class Axes:
-    """Columns, rows and panels; an axis that is not given has one place."""
+    """Columns, rows and panels."""
 
-    x: Axis
-    y: Axis
-    z: Axis
+    x: Axis = Axis()
+    y: Axis = Axis()
+    z: Axis = Axis()
 
     def __bool__(self) -> bool:
-        return any(axis is not NOTHING for axis in (self.x, self.y, self.z))
+        return any(axis.knob for axis in (self.x, self.y, self.z))
 
-    def cells(self) -> Iterator[tuple[tuple[int, int, int], dict[str, str]]]:
-        """Each place (column, row, panel) and the knobs' texts there, column by column of each row."""
-        ranges = (range(len(axis.values)) for axis in (self.z, self.y, self.x))
-        for k, j, i in product(*ranges):
-            chosen = ((self.x, i), (self.y, j), (self.z, k))
-            yield (i, j, k), {axis.knob: axis.values[place] for axis, place in chosen if axis is not NOTHING}
+    def cells(self) -> Iterator[tuple[Cell, dict[str, str]]]:
+        """Each place and the knobs' texts there, column by column of each row."""
+        for z, y, x in product(*(enumerate(axis.values) for axis in (self.z, self.y, self.x))):
+            values = {self.x.knob: x[1], self.y.knob: y[1], self.z.knob: z[1]}
+            yield (x[0], y[0], z[0]), {knob: value for knob, value in values.items() if knob}
 
 
-def axes_of(grid: DictConfig) -> Axes:
-    """The axes that `grid.x`, `grid.y`, `grid.z` name; UserError where one cannot be read, or is of the whole command.
+def read_axes(sheet: Mapping[str, str | None]) -> Axes:
+    """The axes that `sheet.x`, `sheet.y`, `sheet.z` name; UserError where one cannot be read, or is of the command.
 
     A value is what Hydra takes for a sweep: `steps=10,20`, `steps=range(10,60,10)`, `size=[32,32],[48,32]`.
     """
-    found = [_axis(name, grid.get(name)) for name in NAMES]
-    knobs = [axis.knob for axis in found if axis is not NOTHING]
+    axes = [_axis(name, sheet[name]) for name in NAMES]
+    knobs = [axis.knob for axis in axes if axis.knob]
     for knob in knobs:
         if knobs.count(knob) > 1:
-            raise UserError(f"grid: {knob} is on two axes; give each axis a knob of its own")
-    return Axes(*found)
+            raise UserError(f"sheet: {knob} is on two axes; give each axis another knob")
+    return Axes(*axes)
 
 
-def _axis(name: str, given: str | None) -> Axis:
-    if given is None:
-        return NOTHING
-    if "=" not in str(given):
-        raise UserError(f'grid.{name}={given}: expected a knob and its values, e.g. grid.{name}="guidance_scale=1,3"')
-    override = parse([str(given)])[0]
-    if of_command(override.key_or_group):
+def _axis(name: str, text: str | None) -> Axis:
+    if text is None:
+        return Axis()
+    if "=" not in str(text):
+        raise UserError(f'sheet.{name}={text}: expected a knob and its values, e.g. sheet.{name}="guidance_scale=1,3"')
+    override = parse([str(text)])[0]
+    if override.key_or_group.split(".")[0] in COMMAND_KNOBS:
         raise UserError(
-            f"grid.{name}={given}: {override.key_or_group} is of the whole command, not of one picture; "
+            f"sheet.{name}={text}: {override.key_or_group} is a knob of the whole command, not of one picture; "
             "an axis takes what changes a picture: steps, guidance_scale, sampler, grid, seed, prompt, ..."
         )
-    texts = list(override.sweep_string_iterator()) if override.is_sweep_override() else [str(given).partition("=")[2]]
-    return Axis(override.get_key_element(), tuple(str(text) for text in texts))
-
-
-def of_command(knob: str) -> bool:
-    """Whether a knob is of the whole command, so that a picture cannot have its own value of it."""
-    return knob.split(".")[0] in COMMAND or knob in {f"grid.{name}" for name in NAMES}
+    sweep = override.is_sweep_override()
+    values = override.sweep_string_iterator() if sweep else [str(text).partition("=")[2]]
+    return Axis(override.get_key_element(), tuple(str(value) for value in values))

@@ -10,7 +10,8 @@ import torch
 
 from ldm.checkpoint import fingerprint, write_atomic
 from ldm.config.check import build, check
-from ldm.config.command import command
+from ldm.config.command import Invocation, command
+from ldm.config.compose import load_option, options
 from ldm.config.devices import pick_device
 from ldm.config.trained import (
     Trained,
@@ -29,14 +30,9 @@ from ldm.evaluation.report import plot_curves, plot_scales, rows_table, stages_t
 from ldm.generation import Generator
 from ldm.interop.model_folder import stage_records
 
-try:
-    from ldm.config.compose import load_option, options  # type: ignore[attr-defined]
-except ImportError:  # until the merge
-    from ldm.config.trained import load_option, options
-
 
 @command("evaluate", ("negative_prompt",))
-def main(cfg: Any) -> None:
+def main(cfg: Any, invocation: Invocation) -> None:
     """Writes results with their provenance, one table and the plots into `out`; UserError where a metric is missing."""
     require_whole_numbers(cfg, {"n": 2, "seed": 0, "batch_size": 1})
     trained = load_trained(cfg.checkpoint, cfg.weights, cfg.device)

@@ -1,4 +1,4 @@
-"""The prompts of a command: one, or a file of them, each with knobs of its own."""
+"""Files of prompts: one a line, or one JSON object a line with knobs of that prompt alone."""
 
 import json
 from pathlib import Path
@@ -10,40 +10,30 @@ Line = dict[str, Any]
 """The knobs of one prompt, `prompt` itself among them."""
 
 
-def read_prompts(prompt: str | None, prompts: str | None) -> list[Line]:
-    """The prompts: the one that is given, or those of a file; UserError for none or both.
+def read_prompts(path: Path) -> list[Line]:
+    """The prompts of a file; UserError where it cannot be read or has none.
 
-    A file has one prompt a line, a `.jsonl` file one object a line: {"prompt": "...", "seed": 3, "steps": 20}.
+    A text file has one prompt a line, a `.jsonl` file one object a line: {"prompt": "...", "seed": 3, "steps": 20}.
     """
-    if (prompt is None) == (prompts is None):
-        raise UserError('give either prompt="..." or prompts=FILE (one prompt a line, or .jsonl)')
-    if prompt is not None:
-        return [{"prompt": str(prompt)}]
-    path = Path(str(prompts))
     if not path.is_file():
         raise UserError(f"prompts={path}: there is no such file")
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise UserError(f"prompts={path}: this is no text in UTF-8 ({error.reason})") from error
-    read = _object if path.suffix == ".jsonl" else _text
-    found = [read(f"{path}, line {i}", line) for i, line in enumerate(text.splitlines(), start=1) if line.strip()]
-    if not found:
+        raise UserError(f"prompts={path}: this is not a text in UTF-8 ({error.reason})") from error
+    lines = [(number, line) for number, line in enumerate(text.splitlines(), start=1) if line.strip()]
+    if not lines:
         raise UserError(f"prompts={path}: the file has no prompts; write one a line")
-    return found
-
-
-def _text(where: str, line: str) -> Line:
-    return {"prompt": line.strip()}
+    if path.suffix != ".jsonl":
+        return [{"prompt": line.strip()} for _, line in lines]
+    return [_object(f"prompts={path}, line {number}", line) for number, line in lines]
 
 
 def _object(where: str, line: str) -> Line:
     try:
-        found = json.loads(line)
+        knobs = json.loads(line)
     except json.JSONDecodeError as error:
-        raise UserError(f"prompts={where}: this is no JSON ({error}); write an object a line") from error
-    if not isinstance(found, dict) or not isinstance(found.get("prompt"), str):
-        raise UserError(
-            f'prompts={where}: expected an object with a text, e.g. {{"prompt": "a red circle", "seed": 3}}'
-        )
-    return found
+        raise UserError(f"{where}: this is not JSON ({error}); write an object a line") from error
+    if not isinstance(knobs, dict) or not isinstance(knobs.get("prompt", ""), str):
+        raise UserError(f'{where}: expected an object with a text, e.g. {{"prompt": "a red circle", "seed": 3}}')
+    return knobs

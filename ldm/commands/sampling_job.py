@@ -1,154 +1,158 @@
-"""Makes planned pictures with a trained model, on one device or on several, and writes each one once."""
+"""The sampling job: from a composed command to pictures, made on one device or on several."""
 
 import multiprocessing
-import queue
-import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from functools import partial
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
-from ldm.commands.init_images import read_source
-from ldm.commands.png_metadata import Origin, facts_of
-from ldm.commands.sample_plan import Place, Planned, settings_of
-from ldm.config.build import load_trained
+from ldm.commands.axes import Axes, Cell
+from ldm.commands.init_images import read_init_image
+from ldm.commands.png_metadata import (
+    Origin,
+    metadata,
+    origin_of,
+    read_metadata,
+    refuse_overwriting,
+    require_same_model,
+)
+from ldm.commands.sample_plan import Picture, plan
+from ldm.config.devices import devices_of
+from ldm.config.trained import load_trained, model_inputs, open_trained, warn_without_dropout
 from ldm.errors import UserError
-from ldm.generation import BATCH_SIZES, Generator, Request, save_image
+from ldm.evaluation.contact_sheet import contact_sheet
+from ldm.evaluation.grids import labelled_grid
+from ldm.generation import BATCH_SIZES, Generator, Request, open_image, save_image
+from ldm.versions import versions
+
+MAX_ON_SHEET = 64  # pictures on a sheet without axes
+MAX_LISTED = 8  # paths in the report
 
 OnSteps = Callable[[int], object]
-"""Told how many images took a step."""
-
-SILENCE_s = 5.0  # after which the processes are asked whether they live
+"""Receives how many images took a step."""
 
 
 @dataclass(frozen=True)
-class Production:
-    """What is made, with which model, and where to: plain data, the same for every process.
+class SamplingJob:
+    """With which model pictures are made, and where they are written: plain data, the same for every process.
 
-    `batch_size` None begins with BATCH_SIZES of the device.
+    `texts` are the fields that hold the prompt; `batch_size` None is that of BATCH_SIZES.
     """
 
-    pictures: Sequence[Planned]
     origin: Origin
-    device: str
+    texts: tuple[str, ...]
     batch_size: int | None
     out: Path
 
-    def batches(self) -> list[list[int]]:
+    def batches(self, pictures: Sequence[Picture], device: str) -> list[list[Picture]]:
         """Which pictures are made together, whatever the number of devices."""
-        size = self.batch_size or BATCH_SIZES.get(torch.device(self.device).type, 16)
-        groups: dict[str, list[int]] = {}
-        for i, picture in enumerate(self.pictures):
-            groups.setdefault(picture.group(), []).append(i)
+        size = self.batch_size or BATCH_SIZES.get(torch.device(device).type, 16)
+        groups: dict[str, list[Picture]] = {}
+        for picture in pictures:
+            groups.setdefault(picture.group(), []).append(picture)
         return [group[first : first + size] for group in groups.values() for first in range(0, len(group), size)]
 
-    def steps(self) -> int:
-        """The steps of all images together."""
-        copies = [picture.place.batch_size if picture.place else 1 for picture in self.pictures]
-        return sum(n * picture.steps() for n, picture in zip(copies, self.pictures, strict=True))
-
-
-def produce(production: Production, devices: Sequence[str], on_steps: OnSteps) -> None:
-    """Writes all pictures; several devices share the batches."""
-    if len(devices) == 1:
-        _make(production, production.batches(), on_steps)
-        return
-    context = multiprocessing.get_context("spawn")
-    told: Any = context.Queue()
-    threads = max(1, torch.get_num_threads() // len(devices))
-    workers = [
-        context.Process(target=_work, args=(production, device, rank, len(devices), threads, told), daemon=True)
-        for rank, device in enumerate(devices)
-    ]
-    for worker in workers:
-        worker.start()
-    try:
-        _listen(told, workers, on_steps)
-    finally:
-        for worker in workers:
-            worker.terminate()
-            worker.join()
-
-
-def _listen(told: Any, workers: Sequence[Any], on_steps: OnSteps) -> None:
-    """Passes the steps on until every process has finished; raises what one of them ran into."""
-    finished = 0
-    while finished < len(workers):
+    def run(self, pictures: Sequence[Picture], devices: Sequence[str], on_steps: OnSteps) -> None:
+        """Write all pictures; several devices share the batches. UserError where one of them cannot be made."""
+        batches = self.batches(pictures, devices[0])
+        if len(devices) == 1:
+            for batch in batches:
+                self.make(batch, devices[0], on_steps)
+            return
+        context, threads = multiprocessing.get_context("spawn"), max(1, torch.get_num_threads() // len(devices))
+        pools = [ProcessPoolExecutor(1, context, torch.set_num_threads, (threads,)) for _ in devices]
+        places = [i % len(devices) for i in range(len(batches))]
+        jobs = {
+            pools[place].submit(self.make, batch, devices[place]): sum(picture.steps for picture in batch)
+            for place, batch in zip(places, batches, strict=True)
+        }
         try:
-            kind, content = told.get(timeout=SILENCE_s)
-        except queue.Empty:
-            dead = [worker for worker in workers if worker.exitcode not in (None, 0)]
-            if dead:
-                raise UserError(
-                    f"a sampling process ended with exit status {dead[0].exitcode} (negative: killed, often for want "
-                    "of memory); fewer devices or a smaller batch_size take less"
-                ) from None
-            continue
-        if kind == "user":
-            raise UserError(content)
-        if kind == "error":
-            raise RuntimeError(f"a sampling process failed:\n{content}")
-        if kind == "finished":
-            finished += 1
-        else:
-            on_steps(content)
+            for job in as_completed(jobs):
+                job.result()
+                on_steps(jobs[job])
+        except BrokenProcessPool as error:
+            raise UserError(
+                "a sampling process was killed, often because memory ran out; fewer devices or a smaller batch_size "
+                "take less"
+            ) from error
+        finally:
+            for pool in pools:
+                pool.shutdown(cancel_futures=True)
+
+    def make(self, batch: Sequence[Picture], device: str, on_steps: OnSteps = lambda images: None) -> None:
+        """Write the pictures of one batch, which have equal settings."""
+        generator = _generator(self.origin.checkpoint, self.origin.weights, device)
+        height, width = batch[0].knobs["size"]
+        requests = [self._request(picture, (height, width)) for picture in batch]
+        images = generator.generate(requests, (height, width), batch[0].settings(), self.batch_size, on_steps)
+        for picture, image in zip(batch, images, strict=True):
+            if not image.isfinite().all():
+                raise UserError(f"{picture.name}: the model made a picture of NaN or infinite numbers; nothing is written")
+            save_image(image, self.out / picture.name, metadata(picture.knobs, self.origin))
+
+    def _request(self, picture: Picture, size: tuple[int, int]) -> Request:
+        knobs = picture.knobs
+        source = read_init_image(knobs["init_image"], knobs["mask"], size)
+        texts, negative = (dict.fromkeys(self.texts, knobs[name]) for name in ("prompt", "negative_prompt"))
+        return Request(texts, knobs["seed"], negative, source.image, source.mask)
 
 
-def _work(production: Production, device: str, rank: int, count: int, threads: int, told: Any) -> None:
-    """One of `count` processes: every count-th batch, on its device."""
-    torch.set_num_threads(threads)
-    try:
-        own = Production(production.pictures, production.origin, device, production.batch_size, production.out)
-        _make(own, production.batches()[rank::count], lambda images: told.put(("steps", images)))
-        told.put(("finished", rank))
-    except UserError as error:
-        told.put(("user", str(error)))
-    except Exception:
-        told.put(("error", traceback.format_exc()))
+@cache  # once in a process
+def _generator(checkpoint: str, weights: str, device: str) -> Generator:
+    return Generator(load_trained(checkpoint, weights, device).model)
 
 
-def _make(production: Production, batches: Sequence[Sequence[int]], on_steps: OnSteps) -> None:
-    if not batches:
+def sample(cfg: Mapping[str, Any], overrides: Sequence[str]) -> str:
+    """What was written and where, one line each; `overrides` are those that `cfg` was composed from."""
+    out, recorded, checkpoint, weights = Path(cfg["out"]), None, cfg["checkpoint"], cfg["weights"]
+    if cfg["from"] is not None:
+        recorded, origin = read_metadata(Path(cfg["from"]))
+        checkpoint = checkpoint or origin.checkpoint
+        weights = weights if any(text.startswith("weights=") for text in overrides) else origin.weights
+    if checkpoint is None:
+        raise UserError("checkpoint: not given; give checkpoint=RUN_OR_FOLDER, or from=IMAGE.png")
+    folder, config = open_trained(checkpoint)
+    if recorded is not None:
+        require_same_model(cfg["from"], origin, folder)
+    pictures, axes = plan(cfg, overrides, config, recorded)
+    if cfg["from"] is not None and Path(cfg["from"]).resolve() in [(out / one.name).resolve() for one in pictures]:
+        raise UserError(f"out={out}: the picture would be written over from={cfg['from']}; give another folder")
+    devices = devices_of(cfg["device"], cfg["devices"])
+    origin = origin_of(folder, weights, versions())
+    if not cfg["overwrite"]:
+        refuse_overwriting(pictures, origin, out)
+    warn_without_dropout(config, [picture.knobs["guidance_scale"] for picture in pictures])
+
+    batch_size = None if cfg["batch_size"] == "auto" else cfg["batch_size"]
+    job = SamplingJob(origin, model_inputs(config).texts, batch_size, out)
+    with tqdm(total=sum(picture.steps for picture in pictures), unit="step", desc="sampling") as bar:
+        job.run(pictures, devices, bar.update)
+    write_sheet(pictures, axes, out)
+    return report(pictures, out)
+
+
+def write_sheet(pictures: Sequence[Picture], axes: Axes, out: Path) -> None:
+    """Write `grid.png`: a contact sheet over the axes, else the first pictures with their labels."""
+    if not axes:
+        first = pictures[:MAX_ON_SHEET]
+        labelled_grid([open_image(out / one.name) for one in first], [one.label for one in first], out / "grid.png")
         return
-    origin = production.origin
-    generator = Generator(load_trained(origin.checkpoint, origin.weights, production.device).model)
-    for batch in batches:
-        pictures = [production.pictures[i] for i in batch]
-        for picture, image, place in _images(generator, pictures, production.batch_size, on_steps):
-            save_image(image, production.out / picture.name, facts_of(picture.knobs, origin, place))
+    cells: dict[Cell, list[Picture]] = {}
+    for picture in pictures:
+        cells.setdefault(picture.cell, []).append(picture)
+    images = {cell: [open_image(out / one.name) for one in ones] for cell, ones in cells.items()}
+    contact_sheet(images, axes.x.labels(), axes.y.labels(), axes.z.labels(), out / "grid.png")
 
 
-def _images(
-    generator: Generator, pictures: Sequence[Planned], batch_size: int | None, on_steps: OnSteps
-) -> Iterator[tuple[Planned, torch.Tensor, Place]]:
-    """The images of one batch of equal settings, each with the place at which it was made."""
-    knobs, settings = pictures[0].knobs, settings_of(pictures[0].knobs)
-    size = (knobs["size"][0], knobs["size"][1])
-    requests = [_request(picture, size) for picture in pictures]
-    place = pictures[0].place
-    if place is not None:  # made again at its place, beside copies of itself
-        torch.set_num_threads(place.threads)
-        for picture, request in zip(pictures, requests, strict=True):
-            copies = [request] * place.batch_size
-            images = generator.batch(copies, size, settings, partial(_tell, on_steps, place.batch_size)).cpu()
-            yield picture, images[place.row], place
-        return
-    at = 0
-    for images in generator.batches(requests, size, settings, batch_size, on_steps):
-        for row, image in enumerate(images):
-            yield pictures[at + row], image, Place(len(images), row, torch.get_num_threads())
-        at += len(images)
-
-
-def _tell(on_steps: OnSteps, images: int, done: int) -> None:
-    on_steps(images)
-
-
-def _request(picture: Planned, size: tuple[int, int]) -> Request:
-    knobs = picture.knobs
-    source = read_source(knobs["init_image"], knobs["mask"], size)
-    negative = {"caption": knobs["negative_prompt"]}
-    return Request({"caption": knobs["prompt"]}, knobs["seed"], negative, source.image, source.mask)
+def report(pictures: Sequence[Picture], out: Path) -> str:
+    """The paths of the first pictures, then how many there are and where."""
+    paths = [f"{out / picture.name}\n" for picture in pictures[:MAX_LISTED]]
+    more = [f"... and {len(pictures) - MAX_LISTED} more\n"] if len(pictures) > MAX_LISTED else []
+    count = f"{len(pictures)} image{'s' if len(pictures) > 1 else ''}"
+    return "".join([*paths, *more, f"{count} and grid.png written to {out}/\n"])

@@ -13,7 +13,7 @@ from ldm.sampling.guidance import Fields, Guidance
 
 def autoguidance(guidance: Guidance, checkpoint: str, weights: str = "ema") -> Autoguidance:
     """Guidance away from the model at `checkpoint` (a run, a stage, a model folder), which is read once."""
-    model = _weaker(checkpoint, weights)
+    model = _load_weaker(checkpoint, weights)
 
     def describe(fields: Fields, device: torch.device) -> Cond:
         return model.conditioner.to(device)(fields, None).inputs()
@@ -22,5 +22,5 @@ def autoguidance(guidance: Guidance, checkpoint: str, weights: str = "ema") -> A
 
 
 @cache
-def _weaker(checkpoint: str, weights: str) -> LatentDiffusion:
+def _load_weaker(checkpoint: str, weights: str) -> LatentDiffusion:
     return load_trained(checkpoint, weights, "cpu").model
