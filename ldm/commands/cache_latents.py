@@ -23,7 +23,7 @@ from ldm.config.infer import refers_to
 from ldm.config.processes import launched
 from ldm.config.sources import load_first_stage
 from ldm.config.stages import require_resolvable, stage_config
-from ldm.data.loading.cache import Encoders, Work, write_latents
+from ldm.data.loading.cache import Encoders, ShardPartition, write_latents
 from ldm.data.loading.datamodule import ShardDataModule
 from ldm.data.loading.latents import LatentRecord, summary
 from ldm.data.loading.shard_source import ShardSource, Source
@@ -126,17 +126,17 @@ class _Latents:
         )
         pixels = max(height * width for height, width in sizes)
         batch = max(1, BATCH_pixels[self.device.type] // (pixels * record.variants))
-        work = Work(rank, world, batch, self.config.data.workers, self.config.data.max_bad)
+        partition = ShardPartition(rank, world, batch, self.config.data.workers, self.config.data.max_bad)
         folder = _beside(source) if self.config.latents == "auto" else Path(self.config.latents)
         parts: list[torch.nn.Module] = [self.first_stage, *self.encoders.values()]
         before = [next(part.parameters()).device for part in parts]
         for part in parts:
             part.to(self.device)
         encoders = Encoders(self._images, self._texts if self.encoders else None)
-        made = write_latents(source, record, encoders, folder / record.name, work, chosen, progress=rank == 0)
+        made = write_latents(source, record, encoders, folder / record.name, partition, chosen, progress=rank == 0)
         for part, device in zip(parts, before, strict=True):
             part.to(device)
-        log.info("latents: %s", summary(Path(made.shards)))
+        log.info("latents: %s", summary(made.folder))
         return made
 
     @torch.inference_mode()
