@@ -259,9 +259,9 @@ def test_an_inpainting_model_trains_on_what_it_is_shown() -> None:
     module = DiffusionModule(whole, DiffusionLoss(Uniform(), UniformTimes(), L2()), torch.optim.AdamW)
     pair, none = torch.stack([picture(1), picture(2)]), torch.zeros(2, 2, dtype=torch.int64)
     batch = Batch(pair, {"caption": ["a", "b"]}, none[0], keys("step", count=2), 0, none, none, none[0], 2)
-    loss = module.denoising_loss(batch, conditioning_dropout=True).loss
+    loss = module.denoising_loss(batch, training=True).loss
     hole.whole = 1.0  # now everything is hidden
-    assert not torch.equal(module.denoising_loss(batch, conditioning_dropout=True).loss, loss)
+    assert not torch.equal(module.denoising_loss(batch, training=True).loss, loss)
 
 
 @pytest.mark.parametrize("size", [(32, 32), (48, 32), (36, 44), (20, 64)])
