@@ -71,8 +71,8 @@ def check_taps(network: nn.Module, taps: Iterable[str]) -> None:
             raise UserError(f"taps: {type(network).__name__} has no submodule {tap!r}; {nearest(tap, modules)}")
         if any(module._compiled_call_impl is not None for module in modules.values()):
             raise UserError(
-                f"taps: {tap!r} is inside of a network compiled by torch.compile, which does not call hooks; give "
-                "compile=false, or an auxiliary loss without taps"
+                f"taps: {tap!r} is inside of a network compiled by torch.compile, which skips hooks that come after "
+                "compilation; give compile=false, or an auxiliary loss without taps"
             )
 
 
