@@ -11,9 +11,10 @@ import zipfile
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
 from PIL import Image
+
+from ldm.checkpoint import load_state
 
 ROOT = Path(__file__).parents[2]
 BLOCK = re.compile(r"^```(?:python|yaml)\n((?:# @.*\n)?# (mine/\S+)\n.*?)^```$", flags=re.MULTILINE | re.DOTALL)
@@ -175,8 +176,7 @@ def test_the_auxiliary_loss_has_its_own_column_and_no_part_in_validation(trained
 
 
 def test_the_optimizers_groups_follow_the_rule(trained: Path) -> None:
-    (checkpoint,) = (trained / "base" / "checkpoints").glob("step_*2")
-    state = torch.load(checkpoint / "checkpoint.ckpt", weights_only=True)
+    state = load_state(trained / "base" / "checkpoints" / "step_00000002")
     decayed, plain = state["optimizer_states"][0]["param_groups"]
     assert (decayed["weight_decay"], plain["weight_decay"]) == (0.1, 0.0)
     assert decayed["params"] and plain["params"]
