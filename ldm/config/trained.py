@@ -51,7 +51,7 @@ def merge_sampling(default: Any, changes: Mapping[str, Any]) -> dict[str, Any]:
 
 def sampling_settings(sampling: Mapping[str, Any]) -> SamplingSettings:
     node = OmegaConf.create({**sampling, "guidance": _with_scale(sampling["guidance"])})
-    return parts.sampling_settings(cast(DictConfig, node), sampling["guidance_scale"])
+    return parts.sampling_settings(node, sampling["guidance_scale"])
 
 
 def _plain(value: Any) -> Any:

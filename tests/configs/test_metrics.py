@@ -15,7 +15,7 @@ import torch.multiprocessing as mp
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from ldm.commands.evaluate import build_metrics
+from ldm.commands.metric_options import build_metrics
 from ldm.config.check import build
 from ldm.config.compose import CONFIGS, compose
 from ldm.errors import UserError

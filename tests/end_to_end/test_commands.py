@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ldm.checkpoint import fingerprint
 from ldm.evaluation.protocol import digest
+from ldm.interop.model_folder import find_model_folder
 
 ROOT = Path(__file__).parents[2]
 TINY = ["experiment=quickstart", "variant=tiny"]
@@ -137,6 +139,8 @@ def test_without_weights_the_other_metrics_are_measured(
     assert "bicubic antialias to 128" in protocol["metrics"]["Kernel(efficientnet-lite0)"]
     assert "32x32" in protocol["reference"] and len(protocol["prompts"]) == 64 and len(protocol["weights"]) == 16
     assert {"python", "torch", "ldm", "transformers"} <= protocol["versions"].keys()
+    folder = find_model_folder(trained, "diffusion")  # the weights of the record are the averages that were evaluated
+    assert protocol["weights"] == fingerprint(folder.weights("ema")) != folder.record["fingerprint"]
     content = {name: samples[name] for name in ("format", "protocol", "metrics")}
     assert samples["provenance"] == digest(content)
 
@@ -171,6 +175,7 @@ def test_two_processes_share_one_run_folder(tiny_shapes: Path, tmp_path: Path) -
         ("sample.py", ["prompt=x"], "checkpoint: not given"),
         ("sample.py", ["checkpoint=/nowhere", "prompt=x", "grid.x=guidance_scal=1,2"], "did you mean guidance_scale"),
         ("evaluate.py", ["checkpoint=/nowhere"], "nothing is there"),
+        ("evaluate.py", ["checkpoint=/nowhere", "n=1"], "n=1: expected a whole number, 2 or more"),
     ],
 )
 def test_wrong_input_is_one_message_and_exit_status_1(
