@@ -37,6 +37,7 @@ def main(cfg: Any) -> None:
     size = trained_size(trained, cfg.size)
     sets = reference_sets(trained.config, cfg, size)
     names = trained.config.evaluation.metrics if cfg.metrics is None else cfg.metrics
+    names = [names] if isinstance(names, str) else list(names)
     metrics, missing = build_metrics(names, cfg.metric_options, pick_device(cfg.device))
     if not metrics:
         raise UserError(not_measured(missing) or "metrics: none is named; give metrics=[fid,clip_score] or others")

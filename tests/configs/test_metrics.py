@@ -169,8 +169,8 @@ def test_a_metric_without_weights_is_reported_and_the_others_are_built(no_weight
     options = compose("evaluate", ["checkpoint=x", "out=y"]).metric_options
     found, missing = build_metrics(["fid", "alignment", "clip_score"], options, torch.device("cpu"))
     assert len(found) == 1 and list(missing) == ["fid", "clip_score"]
-    for told in ("pt_inception-2015-12-05-6726825d.pth", "https://github.com/mseitzer/pytorch-fid", str(no_weights)):
-        assert told in missing["fid"]
+    for part in ("pt_inception-2015-12-05-6726825d.pth", "https://github.com/mseitzer/pytorch-fid", str(no_weights)):
+        assert part in missing["fid"]
     assert "metric_options.fid.features.path" in missing["fid"]
     assert "hf download openai/clip-vit-large-patch14" in missing["clip_score"]
     assert "metric_options.clip_score.model" in missing["clip_score"]

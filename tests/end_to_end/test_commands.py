@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import ldm.config.compose
 from ldm.checkpoint import fingerprint
 from ldm.evaluation.protocol import digest
 from ldm.interop.model_folder import find_model_folder
@@ -18,8 +19,9 @@ ROOT = Path(__file__).parents[2]
 TINY = ["experiment=quickstart", "variant=tiny"]
 
 
-def run(script: str, *arguments: str) -> "subprocess.CompletedProcess[str]":
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+def run(script: str, *arguments: str, code: Path = ROOT) -> "subprocess.CompletedProcess[str]":
+    """A command line; `code` is a folder with packages of the user's own."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{code}"}
     command = [sys.executable, str(ROOT / script), *arguments]
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, check=False)
 
@@ -143,6 +145,22 @@ def test_without_weights_the_other_metrics_are_measured(
     assert protocol["weights"] == fingerprint(folder.weights("ema")) != folder.record["fingerprint"]
     content = {name: samples[name] for name in ("format", "protocol", "metrics")}
     assert samples["provenance"] == digest(content)
+
+
+@pytest.mark.skipif(not hasattr(ldm.config.compose, "load_option"), reason="groups are looked up in configs/ alone")
+def test_a_metric_of_ones_own_is_a_class_and_a_file(trained: Path, tmp_path: Path) -> None:
+    blocks = (ROOT / "docs" / "evaluate.md").read_text().split("```")
+    code = next(block for block in blocks if block.startswith("python\n# mine.py")).removeprefix("python\n")
+    node = next(block for block in blocks if "_target_: mine.Brightness" in block).removeprefix("yaml\n")
+    (tmp_path / "configs" / "metric").mkdir(parents=True)
+    (tmp_path / "mine.py").write_text(code)
+    (tmp_path / "configs" / "metric" / "brightness.yaml").write_text(node)
+    done = run("evaluate.py", "--config-dir", str(tmp_path / "configs"), f"checkpoint={trained}", "guidance_scale=1",
+               "n=4", "steps=2", "metrics=[brightness]", f"out={tmp_path}/out", code=tmp_path)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert all(0 < row["metrics"]["brightness"]["value"] < 1 for row in rows)
+    assert "%" in (tmp_path / "out" / "table.md").read_text()
 
 
 def test_a_finished_run_is_not_trained_again(trained: Path, tiny_shapes: Path) -> None:

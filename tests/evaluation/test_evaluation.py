@@ -1,6 +1,7 @@
 """The metrics against numbers that are known: true pictures, closed forms; provenance; reference sets."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from ldm.evaluation.evaluate import Evaluation, ReferenceSet
 from ldm.evaluation.frechet import FrechetDistance, Statistics, frechet_distance
 from ldm.evaluation.interval import wilson
 from ldm.evaluation.kernel import KernelDistance
-from ldm.evaluation.metric import Batch
+from ldm.evaluation.metric import Batch, Metric
 from ldm.evaluation.protocol import Protocol, Result, Value, require_comparable
 from ldm.evaluation.reconstruction import psnr
 from ldm.examples.alignment import Alignment
@@ -115,3 +116,19 @@ def test_two_metrics_of_one_name_are_refused_before_anything_is_measured() -> No
     metrics = [KernelDistance(Given()), FrechetDistance(Given()), KernelDistance(Given())]
     with pytest.raises(UserError, match=r"two metrics have the name Kernel\(given\)"):
         Evaluation(None, metrics, None, protocol())._row(None, "samples", iter(()), {})  # type: ignore[arg-type]
+
+
+def test_the_metric_of_your_own_in_the_docs_measures_what_it_says() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "evaluate.md").read_text()
+    code = next(block for block in page.split("```python\n")[1:] if block.startswith("# mine.py")).split("```")[0]
+    names: dict[str, Any] = {}
+    exec(code, names)
+    images, captions = pictures(6, 16)
+    metric = names["Brightness"]()
+    assert isinstance(metric, Metric) and not metric.needs_reference
+    for part in (slice(0, 4), slice(4, 6)):
+        metric.update(Batch(images[part], captions[part], torch.arange(6)[part]))
+    value = metric.compute()["brightness"]
+    assert value.value == pytest.approx(float(images.double().mean())) and value.unit == "share"
+    assert value.ci_low is not None and value.ci_low < value.value
+    assert set(metric.descriptions()) == {"brightness"}
