@@ -3,9 +3,9 @@
     python -m benchmarks.steps checkpoint=outputs/quickstart data=validation out=benchmarks/results/steps
 
 One model load, and evaluate.py's own metrics, on the same captions and seeds for every point. Each point is a
-result with provenance in `out/points/`, made once: a run that was interrupted goes on where it stopped, and a run with
-more samplers or steps adds its own. `out` gets `steps.png` and `steps.md`. All of evaluate.py's knobs may be given, and two more,
-`--samplers` and `--steps`.
+result with provenance in `out/points/`, made once: an interrupted run resumes where it stopped, and a run with more
+samplers or steps adds its own. `out` gets `steps.png` and `steps.md`. All of evaluate.py's knobs may be given, and two
+more, `--samplers` and `--steps`.
 """
 
 import argparse

@@ -29,7 +29,7 @@ from ldm.interop.model_folder import stage_records
 
 @command("evaluate", ("negative_prompt",))
 def main(cfg: Any) -> None:
-    """Writes results with their provenance, one table and the plots into `out`; UserError where a metric is missing."""
+    """Write results with their provenance, one table and the plots into `out`; UserError where a metric is missing."""
     require_whole_numbers(cfg, {"n": 2, "seed": 0, "batch_size": 1})
     trained = load_trained(cfg.checkpoint, cfg.weights, cfg.device)
     scales, sampling = sampling_of(cfg, trained)
@@ -119,7 +119,7 @@ def reference_sets(config: Any, cfg: Any, size: tuple[int, int]) -> list[Referen
 
 
 def write(rows: Sequence[Row], model: Path, out: Path) -> None:
-    """Writes results.json, table.md and the pictures into `out`, and prints the tables and the files' names."""
+    """Write results.json, table.md and the pictures into `out`, and print the tables and the files' names."""
     table = rows_table(rows)
     content = [{"set": row.set_name, "source": row.source, **row.result.to_dict()} for row in rows]
     with write_atomic(out / "results.json") as temporary:

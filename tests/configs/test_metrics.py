@@ -76,10 +76,9 @@ def measured(metric: Metric, indices: range) -> dict[str, list[float]]:
     """Values and intervals over the pictures of these indices, and over the other processes' ones."""
     images, captions = pictures(N, 0)
     reference = Reference()
-    if metric.needs_reference:
-        metric.set_reference(reference)
+    metric.set_reference(reference)
     metric.update(batch(images.flip(0), captions[::-1]))
-    metric.reset()  # nothing of what came before is left
+    metric.set_reference(reference) if metric.needs_reference else metric.reset()  # nothing of what came before is left
     for i in indices:
         metric.update(batch(images[i : i + 1], captions[i : i + 1], i))
     found = metric.compute()
