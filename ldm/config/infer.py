@@ -55,7 +55,10 @@ def planned_widths(node: DictConfig, latent_channels: int) -> Widths | None:
     except (KeyError, TypeError, UserError, OmegaConfBaseException):  # `check` will say what is wrong with it
         return None
     known = [part for part in parts if part is not None]
-    return Widths(*map(sum, zip(*known, strict=True))) if known and len(known) == len(parts) else None
+    if not known or len(known) < len(parts):
+        return None
+    joined = Widths(*map(sum, zip(*known, strict=True)))
+    return joined._replace(tokens=max(part.tokens for part in known)) if node.get("join") == "sequence" else joined
 
 
 def _widths_before_building(target: type[Conditioner], node: DictConfig, latent_channels: int) -> Widths | None:
@@ -79,7 +82,7 @@ def _text_width(node: DictConfig, projected: bool = False) -> int | None:
     if "hidden_size" in node:
         return int(node.get("projection_dim", node["hidden_size"]) if projected else node["hidden_size"])
     name = str(node.get("name_or_path"))
-    published = {"clip-vit-large": 768, "CLIP-ViT-H-14": 1024, "CLIP-ViT-bigG": 1280}
+    published = {"clip-vit-large": 768, "CLIP-ViT-H-14": 1024, "CLIP-ViT-bigG": 1280, "t5-v1_1-xxl": 4096}
     hub = next((width for part, width in published.items() if part in name), None)
     if hub is not None and not Path(name).exists():
         return hub
