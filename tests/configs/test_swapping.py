@@ -88,7 +88,7 @@ def test_the_network_takes_the_widths_of_the_conditioner_and_the_first_stage(ove
 def test_a_text_encoder_in_a_folder_is_one_override(tiny_clip: Path) -> None:
     config = swapped(f"conditioner.encoder.name_or_path={tiny_clip}")
     assert (config.network.context_dim, config.conditioner.tokenizer.name_or_path) == (16, str(tiny_clip))
-    assert build(config.conditioner | {"max_length": 12}).widths(4) == (16, 0, 0)
+    assert build(OmegaConf.merge(config.conditioner, {"max_length": 12})).widths(4) == (16, 0, 0)
     config = swapped("conditioner=sdxl", f"conditioner.conditioners.1.encoder.name_or_path={tiny_clip}")
     assert widths(config.network) == (4, 4, 768 + 16, 8 + 6 * 256)
     second = config.conditioner.conditioners[1]
