@@ -1,8 +1,7 @@
-"""Attention forward and backward, torch's as it comes against ours: `python -m benchmarks.attention`.
+"""Attention forward and backward, torch's kernel on two layouts: `python -m benchmarks.attention`.
 
 By precision and width of the heads, at the size of a UNet's first level, over its pixels and (--keys 77) to tokens.
-`ldm.networks.attend` chooses; this is what it chooses by. Ways: torch's on what the projections give; "laid out",
-torch's on what `attend` makes of it; in chunks.
+"torch" gets what the projections give, "laid out" what `ldm.networks.cpu` makes of it.
 """
 
 import argparse
@@ -10,25 +9,16 @@ import sys
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn import functional
 
 from benchmarks.side_by_side import DTYPES, Contender, faster, time_all
-from ldm.networks import attend
-from ldm.networks.chunked_attention import chunked_attention
+from ldm.networks import cpu
 
 HEADS = 8
-
-
-def laid_out(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """What `attend` does on a CPU without matrix units."""
-    k, v, mask = attend._laid_out(q.shape[-2], k, v, None)
-    return nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-
-
 WAYS: dict[str, Callable[..., Tensor]] = {
-    "torch": nn.functional.scaled_dot_product_attention,
-    "laid out": laid_out,
-    "chunked": chunked_attention,
+    "torch": functional.scaled_dot_product_attention,
+    "laid out": cpu.scaled_dot_product_attention,
 }
 
 
@@ -59,8 +49,7 @@ def main() -> None:
     device = torch.device(given.device)
     lines = [
         f"torch {torch.__version__}, {torch.get_num_threads()} threads, {given.batch} x {HEADS} heads, {given.pixels} "
-        f"pixels to {given.keys or given.pixels} keys, {given.rounds} rounds; "
-        f"bfloat16 matrix units on this CPU: {attend.MATRIX_UNITS}",
+        f"pixels to {given.keys or given.pixels} keys, {given.rounds} rounds",
         "",
         "| precision | width | way | ms (quartiles) | times faster than torch | peak, MB |",
         "|---|---|---|---|---|---|",

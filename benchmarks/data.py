@@ -34,7 +34,7 @@ from ldm.data.loading.fetch import as_images
 from ldm.data.loading.loader import StepLoader
 from ldm.data.loading.shard_source import ShardSource
 from ldm.data.shards.index import load_manifest
-from ldm.data.shards.shards import write_shard
+from ldm.data.shards.write import write_shard
 
 SIZE, BATCH = 256, 32
 SIDES = (512, 640, 768, 896, 1024)

@@ -16,8 +16,8 @@ from multiprocessing import get_context
 from pathlib import Path
 
 from ldm.data.shards.index import index_shards
-from ldm.data.shards.shards import write_shard
 from ldm.data.shards.tar import scan_shard
+from ldm.data.shards.write import write_shard
 
 LAION = 400_000_000
 HEAD = bytes.fromhex("ffd8ffe000104a46494600010100000100010000ffc0001108010001000300")

@@ -13,13 +13,13 @@ from PIL import Image
 from ldm.conditioning.text import TextConditioner, clip_text_for
 from ldm.conditioning.tokenizer import captions_tokenizer
 from ldm.data.loading.batch import Batch
-from ldm.data.loading.cache import Encoders, Work, write_latents
+from ldm.data.loading.cache import Encoders, ShardPartition, write_latents
 from ldm.data.loading.datamodule import ShardDataModule
 from ldm.data.loading.latents import LatentRecord, LatentSource
 from ldm.data.loading.loader import StepLoader
 from ldm.data.loading.shard_source import ShardSource
 from ldm.data.order.plan import Plan
-from ldm.data.shards.shards import write_shard
+from ldm.data.shards.write import write_shard
 
 SAMPLES = 400_000_000  # of the plan
 WORDS = "a photograph of red mountain lake at evening two dogs running old house under tall trees beside still water"
@@ -73,7 +73,7 @@ def token_rates(folder: Path) -> dict[str, Rate]:
         return 32
 
     def batches(size: int) -> Rate:
-        return _counted(lambda number: len(conditioner.tokens(captions[:size])))
+        return _counted(lambda number: len(conditioner.tokenize(captions[:size])[0]))
 
     ours = {f"captions/s: tokens, batches of {size}": batches(size) for size in (32, 256)}
     return {"captions/s: tokens, transformers one by one": _counted(one_by_one), **ours}
@@ -96,7 +96,7 @@ def make_latents(folder: Path, samples: int, per_shard: int = 1000) -> LatentSou
     source = ShardSource(str(folder / "pictures"))
     record = LatentRecord("0" * 16, source.manifest().fingerprint, ((256, 256),), decode="fast")
     encode = Encoders(lambda images: torch.randn(len(images), 2, 4, 32, 32))
-    return write_latents(source, record, encode, folder / "latents", Work(batch=64), progress=False)
+    return write_latents(source, record, encode, folder / "latents", ShardPartition(batch=64), progress=False)
 
 
 def latent_batches(source: LatentSource, workers: int) -> Iterator[Batch]:

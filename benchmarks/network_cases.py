@@ -14,9 +14,8 @@ from ldm.first_stage.autoencoder import FirstStage
 from ldm.first_stage.regularizer import KLRegularizer
 from ldm.interop.names import first_stage_to_diffusers, unet_to_diffusers
 from ldm.networks.autoencoder import Decoder, Encoder
+from ldm.networks.cpu import keep_freed_memory
 from ldm.networks.unet import UNet
-from ldm.training.freed_memory import keep_freed_memory
-from ldm.training.kept_weights import keep_weights
 from tests.parity.names import copy_weights, spread
 
 
@@ -63,9 +62,6 @@ def contenders(s: Settings, make: Callable[[Side, str], tuple[list[nn.Module], R
                 if compiled:
                     for network in networks:
                         network.compile()
-                elif side.ours:
-                    for network in networks:
-                        keep_weights(network)
                 timed = autocast(run, side, s.device, precision)
                 found.append(Contender(side.who, precision, compiled, timed, memory(side, s.device, timed)))
     return found

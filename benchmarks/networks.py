@@ -4,8 +4,8 @@ Cases: unet_forward, unet_train, encode, decode, autoencoder_train. All contende
 one process; the first row is diffusers in float32 as its training scripts use it. A train step is forward, backward
 and AdamW. Sides:
 
-ours          as a training here runs it: channels_last, fused AdamW, under autocast with kept weights (bf16), on a
-              CPU with its freed memory kept
+ours          as a training here runs it: channels_last, fused AdamW, under autocast (bf16), on a CPU with its
+              freed memory kept
 diffusers     as its scripts run it: torch's memory layout, torch's default AdamW, under autocast (bf16)
 diffusers +   channels_last and fused AdamW as well
 
@@ -30,9 +30,9 @@ from torch import Tensor
 from benchmarks import side_by_side as bench
 from benchmarks.network_cases import CASES, Settings, our_unet
 from benchmarks.side_by_side import Contender, progress
-from ldm.networks.attend import MATRIX_UNITS
 from ldm.versions import versions
 
+MATRIX_UNITS = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()  # for bf16
 AGREE = 1e-3  # ||difference|| / ||value|| of both sides' outputs in float32, before anything is timed
 
 

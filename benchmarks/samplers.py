@@ -34,6 +34,7 @@ from ldm.networks.unet import UNet
 from ldm.sampling.guidance import ClassifierFree
 from ldm.sampling.noise import ImageNoise
 from ldm.sampling.sampler import start, steps_of
+from tests.networks.toy import ToyNetwork
 
 SCHEDULE = ScaledLinear()
 SHAPE = (4, 64, 64)
@@ -42,7 +43,7 @@ NETWORK_CALLS = {"heun": 2 * STEPS - 1, "plms": STEPS + 1}
 RANDOM = ("ddpm", "dpmsolver_multistep", "euler_ancestral_discrete", "ddim")
 
 
-class Trivial(nn.Module):
+class Trivial(ToyNetwork):
     """A network that gives the same tensor whatever it is asked."""
 
     def __init__(self, out: Tensor) -> None:
@@ -54,6 +55,8 @@ class Trivial(nn.Module):
         self.called_at.append(time.perf_counter())
         return self.out  # a plain call, as on diffusers' side
 
+    forward = __call__
+
     def intervals(self, run: Callable[[], object], device: torch.device) -> list[float]:
         """The seconds from the beginning of a run to its first call, from each call to the next, and to the end."""
         self.called_at.clear()
@@ -64,7 +67,7 @@ class Trivial(nn.Module):
         return [b - a for a, b in pairwise([began, *self.called_at, time.perf_counter()])]
 
 
-class Timed(nn.Module):
+class Timed(ToyNetwork):
     """A network that adds up how long its calls take, on the device too."""
 
     def __init__(self, network: nn.Module, device: torch.device) -> None:
@@ -112,7 +115,6 @@ def diffusers_noise(noise: Tensor) -> Iterator[None]:
 
 def our_run(entry: Peer, denoiser: Denoiser, z: Tensor, noise: Tensor) -> tuple[Callable[[], object], ...]:
     """What is done once for a run, and the run of 50 steps itself."""
-    denoiser.prepare(entry.times)  # remembered for all runs
     denoise, steps = denoiser.bind({}), steps_of(entry.times, SCHEDULE, len(z))
     return (
         lambda: steps_of(entry.times, SCHEDULE, len(z)),
@@ -187,12 +189,11 @@ def whole_cost(names: Sequence[str], rounds: int, device: torch.device) -> Itera
     network = Timed(unet.eval().to(device), device)
     denoiser = Denoiser(network, SCHEDULE, V())
     tokens, nothing = torch.randn(2, 1, 77, 128, device=device)
-    guidance = ClassifierFree(7.5)
+    guidance = ClassifierFree()
 
     def generate(entry: Peer) -> None:
         noise = ImageNoise([0], device)
-        denoiser.prepare(entry.times)
-        denoise = guidance(denoiser, {"tokens": tokens}, {"tokens": nothing})
+        denoise = guidance(denoiser, {"tokens": tokens}, {"tokens": nothing}, 7.5)
         entry.sampler(denoise, start(noise(SHAPE), entry.times, SCHEDULE), steps_of(entry.times, SCHEDULE, 1), noise)
 
     calls: list[float] = []

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from ldm.training.freed_memory import MMAP_THRESHOLD, TRIM_THRESHOLD, LARGEST_bytes
+from ldm.networks.cpu import MMAP_THRESHOLD, TRIM_THRESHOLD, LARGEST_bytes
 
 Run = Callable[[], object]
 Clock = Callable[[], float]

@@ -1,8 +1,9 @@
-"""The versions beside an output: of Python, the packages, this code, and the device's name."""
+"""Versions of Python, the packages and this code, and the device's name: what is written next to an output."""
 
 import json
 import platform
 import subprocess
+from collections.abc import Iterable
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -29,19 +30,21 @@ PACKAGES = (
 ROOT = Path(__file__).resolve().parents[1]
 
 
-@cache
-def versions() -> dict[str, str | None]:
-    """The versions by package; `commit` is None outside a git checkout, a package that is not there is None.
-
-    They are read once in a process.
-    """
+def package_versions(packages: Iterable[str]) -> dict[str, str | None]:
+    """The versions of Python and of the packages by name; None for a package that is not installed."""
     found: dict[str, str | None] = {"python": platform.python_version()}
-    for package in PACKAGES:
+    for package in packages:
         try:
             found[package] = version(package)
         except PackageNotFoundError:
             found[package] = None
-    return found | {"commit": _commit(ROOT), "device": _device()}
+    return found
+
+
+@cache
+def versions() -> dict[str, str | None]:
+    """The versions by package, read once in a process; `commit` is None outside a git checkout."""
+    return package_versions(PACKAGES) | {"commit": _commit(ROOT), "device": _device()}
 
 
 def write_versions(folder: Path) -> None:
@@ -51,7 +54,7 @@ def write_versions(folder: Path) -> None:
 
 
 def _commit(root: Path) -> str | None:
-    """The commit that is checked out, with "-dirty" behind it where tracked files differ from it."""
+    """The commit that is checked out, with "-dirty" appended where tracked files differ from it."""
     if not (root / ".git").exists():
         return None
     try:

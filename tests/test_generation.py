@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ldm.conditioning import Compose, MaskedImage
 from ldm.conditioning.condition import Condition, Widths
-from ldm.conditioning.text import Conditioner
+from ldm.conditioning.conditioner import Conditioner
 from ldm.data.loading.batch import Batch
 from ldm.diffusion.criterion import L2
 from ldm.diffusion.denoiser import Denoiser
@@ -32,14 +32,15 @@ from ldm.sampling.ddim import DDIM
 from ldm.sampling.dpmpp_2m import DPMPP2M
 from ldm.sampling.grid import Trailing
 from ldm.sampling.guidance import ClassifierFree
-from ldm.sampling.image_to_image import noised, remaining, steps_made
-from ldm.sampling.inpainting import keeping, latent_mask
+from ldm.sampling.image_to_image import add_noise_at, last_times, steps_made
+from ldm.sampling.inpainting import inpaint, latent_mask
 from ldm.sampling.noise import ImageNoise
 from ldm.sampling.sampler import steps_of
 from ldm.training.diffusion import DiffusionModule
+from tests.networks.toy import ToyNetwork
 
 SIZE = (32, 32)
-SETTINGS = SamplingSettings(DDIM(), Trailing(), ClassifierFree(2.0), steps=4)
+SETTINGS = SamplingSettings(DDIM(), Trailing(), ClassifierFree(), steps=4, guidance_scale=2.0)
 
 
 class Lengths(Conditioner):
@@ -51,9 +52,6 @@ class Lengths(Conditioner):
     def forward(self, fields: object, keys: Tensor | None = None) -> Condition:
         lengths = torch.tensor([float(len(text)) for text in fields["caption"]])
         return Condition(tokens=torch.stack([lengths.sin(), lengths.cos()], 1)[:, None].repeat(1, 2, 4))
-
-    def empty(self, n: int) -> Condition:
-        return self({"caption": [""] * n})
 
 
 def model(in_channels: int = 4, beside: MaskedImage | None = None) -> LatentDiffusion:
@@ -97,7 +95,7 @@ def one(
 
 
 def at(strength: float, steps: int = 4) -> SamplingSettings:
-    return SamplingSettings(DDIM(), Trailing(), ClassifierFree(2.0), steps, strength)
+    return SamplingSettings(DDIM(), Trailing(), ClassifierFree(), steps, 2.0, strength)
 
 
 def test_strength_1_leaves_nothing_of_the_picture(generator: Generator) -> None:
@@ -121,7 +119,7 @@ def test_the_less_strength_the_nearer_to_the_picture(generator: Generator) -> No
 )
 def test_the_grid_is_cut_to_its_end(steps: int, strength: float, made: int) -> None:
     times = Trailing()(ScaledLinear(), steps)
-    left = remaining(times, strength)
+    left = last_times(times, strength)
     assert steps_made(steps, strength) == made == len(left) - 1
     assert torch.equal(left, times[-made - 1 :])
 
@@ -129,14 +127,14 @@ def test_the_grid_is_cut_to_its_end(steps: int, strength: float, made: int) -> N
 def test_a_picture_is_noised_to_its_level() -> None:
     t = torch.tensor(499.0, dtype=torch.float64)
     alpha2 = ScaledLinear().alphas_cumprod[499]
-    found = noised(torch.full((1, 2), 3.0).double(), torch.full((1, 2), -2.0).double(), t, ScaledLinear())
+    found = add_noise_at(torch.full((1, 2), 3.0).double(), torch.full((1, 2), -2.0).double(), t, ScaledLinear())
     assert found.tolist() == [pytest.approx([3.0 * alpha2**0.5 - 2.0 * (1 - alpha2) ** 0.5] * 2, rel=1e-12)]
 
 
 @pytest.mark.parametrize("strength", [0.0, -0.5, 1.01])
 def test_a_strength_out_of_range_is_refused(strength: float) -> None:
     with pytest.raises(UserError, match=f"strength={strength}"):
-        SamplingSettings(DDIM(), Trailing(), ClassifierFree(), 4, strength).times(ScaledLinear())
+        SamplingSettings(DDIM(), Trailing(), ClassifierFree(), 4, 7.5, strength).times(ScaledLinear())
 
 
 def test_what_is_not_masked_stays_pixel_for_pixel(generator: Generator) -> None:
@@ -166,17 +164,17 @@ def test_the_network_sees_the_kept_part_and_what_is_painted_depends_on_it() -> N
     assert float((made[0] - made[1])[:, :, :16].abs().mean()) > 1e-3
     t = torch.tensor([SETTINGS.times(ScaledLinear())[0]])
     known = generator.first_stage.encode(picture(1)[None])
-    begun = noised(known, ImageNoise([3])((4, 8, 8)), t[0], ScaledLinear())
+    begun = add_noise_at(known, ImageNoise([3])((4, 8, 8)), t[0], ScaledLinear())
     torch.testing.assert_close(seen[calls][:1, :, :, 4:], begun[:, :, :, 4:])
 
 
 def test_a_weaker_model_of_another_first_stage_is_refused(generator: Generator) -> None:
     other = model()
-    guidance = Autoguidance(ClassifierFree(2.0), other.denoiser, first_stage=other.first_stage)
+    guidance = Autoguidance(ClassifierFree(), other.denoiser, first_stage=other.first_stage)
     settings = replace(SETTINGS, guidance=guidance)
     one(generator, request(3), settings)  # its own weights, a copy of them
     nn.init.zeros_(next(other.first_stage.parameters()))
-    again = Autoguidance(ClassifierFree(2.0), other.denoiser, first_stage=other.first_stage)
+    again = Autoguidance(ClassifierFree(), other.denoiser, first_stage=other.first_stage)
     with pytest.raises(UserError, match="another first stage"):
         one(generator, request(3), replace(settings, guidance=again))
 
@@ -198,8 +196,8 @@ def test_known_latents_stay_on_their_path(sampler: Callable[..., Tensor]) -> Non
         return Denoised(0.3 * z, (z - level.alpha * 0.3 * z) / level.sigma)
 
     times = Trailing()(schedule, 10)
-    start = noised(known, eps, times[0], schedule)
-    end = sampler(keeping(network, known, mask, schedule), start, steps_of(times, schedule, len(start)), noise)
+    start = add_noise_at(known, eps, times[0], schedule)
+    end = sampler(inpaint(network, known, mask, schedule), start, steps_of(times, schedule, len(start)), noise)
     torch.testing.assert_close(end[:, :, 2:], known[:, :, 2:], rtol=0, atol=1e-12)
     assert float((end - known)[:, :, :2].abs().min()) > 1e-6
     assert all(0.85 < value < 1.15 for value in seen)  # unit noise, at every step
@@ -213,7 +211,7 @@ def test_a_latent_is_made_anew_where_any_of_its_pixels_is() -> None:
     assert latent_mask(mask, 4).flatten().tolist() == [0.0, 1.0, 0.0, 1.0]
 
 
-class Seen(nn.Module):
+class Seen(ToyNetwork):
     """A network of nine channels that notes what it is shown beside the latent."""
 
     def __init__(self) -> None:
@@ -305,7 +303,7 @@ def test_batches_are_halved_until_they_fit_and_no_step_is_told_twice(
     made = list(small.generate(requests, SIZE, SETTINGS, batch_size=8, on_step=steps.append))
     assert small.tried == [8, 4, 2, 2, 2, 2, 2, 1]
     assert sum(steps) == 11 * 4
-    assert "going on with batch_size=2" in caplog.text
+    assert "continuing with batch_size=2" in caplog.text
     torch.testing.assert_close(torch.stack(made), torch.stack(list(generator.generate(requests, SIZE, SETTINGS, 3))))
 
 
@@ -319,7 +317,7 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory(generator: Generator) -
         def __call__(self, *given: object) -> Tensor:
             raise RuntimeError("shapes do not match")
 
-    settings = SamplingSettings(Broken(), Trailing(), ClassifierFree(), 2)
+    settings = SamplingSettings(Broken(), Trailing(), ClassifierFree(), 2, 7.5)
     with pytest.raises(RuntimeError, match="shapes do not match"):
         list(generator.generate([request(0)], SIZE, settings))
 

@@ -14,17 +14,16 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from omegaconf import DictConfig
-from omegaconf.errors import OmegaConfBaseException
 
-from ldm.conditioning.text import Conditioner
+from ldm.conditioning.conditioner import Conditioner
 from ldm.config.check import build
-from ldm.config.compose import completed, compose, register_resolvers
+from ldm.config.compose import compose
 from ldm.config.devices import devices_of, pick_device
+from ldm.config.infer import refers_to
 from ldm.config.processes import launched
 from ldm.config.sources import load_first_stage
-from ldm.config.stages import stage_config
-from ldm.data.loading.cache import Encoders, Work, write_latents
+from ldm.config.stages import require_resolvable, stage_config
+from ldm.data.loading.cache import Encoders, ShardPartition, write_latents
 from ldm.data.loading.datamodule import ShardDataModule
 from ldm.data.loading.latents import LatentRecord, summary
 from ldm.data.loading.shard_source import ShardSource, Source
@@ -34,6 +33,7 @@ from ldm.data.shards.shards import expand
 from ldm.errors import UserError
 from ldm.first_stage.autoencoder import FirstStage
 from ldm.latent_diffusion import LatentDiffusion
+from ldm.training.module import TrainingModule
 
 log = logging.getLogger(__name__)
 
@@ -42,13 +42,14 @@ BATCH_pixels = {"cuda": 1 << 23, "cpu": 1 << 19}
 """Pixels that are encoded at once."""
 
 
-def use_latents(config: DictConfig, datamodule: ShardDataModule, model: LatentDiffusion) -> None:
-    """Lets a stage train from cached latents where its knob `latents` says so; what is missing is made first.
+def use_latents(config: Any, datamodule: ShardDataModule, module: TrainingModule) -> None:
+    """Lets a second stage train from cached latents where its knob `latents` says so; computes what is missing.
 
     Processes that torchrun or SLURM started share the work.
     """
-    if config.latents is None:
+    if config.latents is None or not isinstance(module.export_module, LatentDiffusion):
         return
+    model = module.export_module
     rank, world, local = launched()
     device = pick_device("auto")
     device = torch.device("cuda", local) if device.type == "cuda" else device
@@ -64,7 +65,7 @@ class _Latents:
     """Makes a stage's latents, and the states of its frozen text encoders where asked, on one device."""
 
     def __init__(
-        self, config: DictConfig, first_stage: FirstStage, conditioner: Conditioner | None, device: torch.device
+        self, config: Any, first_stage: FirstStage, conditioner: Conditioner | None, device: torch.device
     ) -> None:
         self.config = config
         self.fingerprint = first_stage.fingerprint()
@@ -125,17 +126,17 @@ class _Latents:
         )
         pixels = max(height * width for height, width in sizes)
         batch = max(1, BATCH_pixels[self.device.type] // (pixels * record.variants))
-        work = Work(rank, world, batch, self.config.data.workers, self.config.data.max_bad)
+        partition = ShardPartition(rank, world, batch, self.config.data.workers, self.config.data.max_bad)
         folder = _beside(source) if self.config.latents == "auto" else Path(self.config.latents)
         parts: list[torch.nn.Module] = [self.first_stage, *self.encoders.values()]
         before = [next(part.parameters()).device for part in parts]
         for part in parts:
             part.to(self.device)
         encoders = Encoders(self._images, self._texts if self.encoders else None)
-        made = write_latents(source, record, encoders, folder / record.name, work, chosen, progress=rank == 0)
+        made = write_latents(source, record, encoders, folder / record.name, partition, chosen, progress=rank == 0)
         for part, device in zip(parts, before, strict=True):
             part.to(device)
-        log.info("latents: %s", summary(Path(made.shards)))
+        log.info("latents: %s", summary(made.folder))
         return made
 
     @torch.inference_mode()
@@ -210,23 +211,20 @@ def _process(overrides: list[str], device: str, rank: int, world: int, told: Any
 
 def _share(overrides: list[str], device: str, rank: int, world: int) -> None:
     """This process's share of the latents of every second stage that the launch has."""
-    register_resolvers()
-    overrides = completed("train", overrides)
     cfg = compose("train", overrides)
     configs = [stage_config(cfg, str(name), overrides) for name in cfg.stages]
-    configs = [config for config in configs if config.task == "diffusion"]
+    configs = [config for config in configs if refers_to(config, "network")]
     if not configs:
         raise UserError("stages: none of them trains on latents; give stages=[base] or the like")
     for config in configs:
-        try:
-            given = config.latents
-        except OmegaConfBaseException as error:
-            raise UserError(
-                "latents: this experiment keeps them in the run's folder; give run_folder=FOLDER of the run, "
-                "latents=auto (beside the shards) or latents=FOLDER"
-            ) from error
-        if given is None:
-            raise UserError("latents: not given; give latents=auto (beside the shards) or latents=FOLDER")
+        advice = "latents=auto (next to the shards) or latents=FOLDER"
+        require_resolvable(
+            config,
+            "latents",
+            f"latents: this experiment keeps them in the run's folder; give run_folder=FOLDER of the run, {advice}",
+        )
+        if config.latents is None:
+            raise UserError(f"latents: not given; give {advice}")
         conditioner = cast(Conditioner, build(config.conditioner, "conditioner")) if config.latent_text else None
         latents = _Latents(config, load_first_stage(config), conditioner, pick_device(device))
         latents.of_all(cast(ShardDataModule, build(config.data, "data")), rank, world)

@@ -1,21 +1,17 @@
-"""What a model is conditioned on, and what makes it from captions, classes, sizes and pictures."""
+"""Conditions and the conditioners that make them from captions, classes, sizes and pictures."""
 
 from ldm.conditioning.classes import ClassConditioner
 from ldm.conditioning.compose import Compose
 from ldm.conditioning.condition import Condition
+from ldm.conditioning.conditioner import Conditioner, dropout_mask
 from ldm.conditioning.image import LowResolution, MaskedImage
 from ldm.conditioning.micro import MicroConditioner
-from ldm.conditioning.text import (
-    Conditioner,
-    TextConditioner,
-    clip_projection,
+from ldm.conditioning.pretrained import (
     clip_projection_from_pretrained,
-    clip_text_for,
-    clip_text_from_config,
-    clip_text_from_pretrained,
-    dropped,
+    text_encoder_from_pretrained,
     tokenizer_from_pretrained,
 )
+from ldm.conditioning.text import TextConditioner, clip_projection, clip_text_for, clip_text_from_config
 from ldm.conditioning.tokenizer import captions_tokenizer
 
 __all__ = [
@@ -32,7 +28,7 @@ __all__ = [
     "clip_projection_from_pretrained",
     "clip_text_for",
     "clip_text_from_config",
-    "clip_text_from_pretrained",
-    "dropped",
+    "dropout_mask",
+    "text_encoder_from_pretrained",
     "tokenizer_from_pretrained",
 ]

@@ -5,19 +5,19 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ldm.conditioning.condition import Arguments, Condition, Widths
-from ldm.conditioning.text import Conditioner, Fields, dropped
+from ldm.conditioning.condition import Condition, Widths
+from ldm.conditioning.conditioner import Conditioner, Fields, check_probability, dropout_mask, texts
 from ldm.errors import UserError, nearest
 
 
 class ClassConditioner(Conditioner):
-    """`tokens` [B, 1, dim]: an embedding of the class, which is trained (Rombach et al. 2022, section 4.3.2).
+    """`tokens` [B, 1, dim]: a trained embedding of the class (Rombach et al. 2022, section 4.3.2).
 
-    num_classes  how many classes there are; one more stands for "no class", the empty text
+    num_classes  number of classes; one more embedding stands for "no class", the empty text
     dim          width of the token
     field        the batch's field that holds the class: its number from 0, or its name
-    names        the classes' names, in their order; None: numbers alone
-    dropout      probability that a sample's class is left out at a visit, in [0, 1]
+    names        the classes' names in order; None: numbers only
+    dropout      probability that a sample's class is dropped at a visit, in [0, 1]
     """
 
     def __init__(
@@ -31,8 +31,7 @@ class ClassConditioner(Conditioner):
         super().__init__()
         if names is not None and len(names) != num_classes:
             raise UserError(f"names has {len(names)} entries, num_classes={num_classes}")
-        if not 0 <= dropout <= 1:
-            raise UserError(f"dropout={dropout} is not a probability: give a number from 0 to 1")
+        check_probability("dropout", dropout)
         self.num_classes = num_classes
         self.field = field
         self.dropout = dropout
@@ -40,27 +39,18 @@ class ClassConditioner(Conditioner):
         self.embedding = nn.Embedding(num_classes + 1, dim)
 
     def widths(self, latent_channels: int) -> Widths:
-        """The token's."""
+        """The width of the token."""
         return Widths(tokens=self.embedding.embedding_dim)
-
-    @classmethod
-    def planned(cls, arguments: Arguments, latent_channels: int) -> Widths:
-        """The same."""
-        return Widths(tokens=int(arguments["dim"]))
 
     def forward(self, fields: Fields, rng_keys: Tensor | None = None) -> Condition:
         """The classes' condition, see Conditioner.forward; UserError where the field or a class is unknown."""
-        if self.field not in fields:
-            raise UserError(f"the batch has no field {self.field!r} to condition on ({nearest(self.field, fields)})")
-        classes = torch.tensor([self._number(str(text)) for text in fields[self.field]], dtype=torch.int64)
+        device = self.embedding.weight.device
+        classes = torch.tensor([self._number(text) for text in texts(fields, self.field)], dtype=torch.int64)
+        classes = classes.to(device)
         if rng_keys is not None and self.dropout > 0:
-            drop = dropped(rng_keys, self.field, self.dropout).to(classes.device)
+            drop = dropout_mask(rng_keys, self.field, self.dropout).to(device)
             classes = classes.masked_fill(drop, self.num_classes)
-        return self._embedded(classes)
-
-    def empty(self, n: int) -> Condition:
-        """The embedding of "no class", n times."""
-        return self._embedded(torch.full((n,), self.num_classes))
+        return Condition(tokens=self.embedding(classes)[:, None])
 
     def _number(self, text: str) -> int:
         if not text:
@@ -68,10 +58,7 @@ class ClassConditioner(Conditioner):
         if text in self.numbers:
             return self.numbers[text]
         if not text.isdecimal() or int(text) >= self.num_classes:
-            known = nearest(text, self.numbers) if self.numbers else "no names are given"
+            hint = nearest(text, self.numbers) if self.numbers else "the conditioner has no names of classes"
             last = self.num_classes - 1
-            raise UserError(f"{self.field}={text!r} is no class: give a number from 0 to {last} ({known})")
+            raise UserError(f"{self.field}={text!r} is not a class: give a number from 0 to {last} ({hint})")
         return int(text)
-
-    def _embedded(self, classes: Tensor) -> Condition:
-        return Condition(tokens=self.embedding(classes.to(self.embedding.weight.device))[:, None])

@@ -1,117 +1,80 @@
-"""Captions as a Condition: the states of a CLIP text encoder, with captions dropped for guidance."""
+"""Captions as a Condition: the token states of a text encoder, with captions dropped for guidance."""
 
 import hashlib
 import logging
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, cast
+from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+from transformers.modeling_outputs import BaseModelOutput
 
 from ldm.checkpoint import fingerprint
-from ldm.conditioning.condition import Arguments, Condition, Widths
-from ldm.conditioning.published import clip_widths, text_widths
-from ldm.errors import UserError, nearest
-from ldm.randomness import fold, uniform
+from ldm.conditioning.condition import Condition, Widths
+from ldm.conditioning.conditioner import Conditioner, Fields, check_probability, dropout_mask, texts
+from ldm.errors import UserError
 
 log = logging.getLogger(__name__)
 
-Fields = Mapping[str, Sequence[str] | Tensor]
-"""What a batch says of its samples, by name, B entries each: texts, or numbers and pictures as tensors [B, ...]."""
-Encode = Callable[[Tensor], Tensor]
-"""A first stage's normalised latents [B, C, h, w] of images [B, 3, H, W] in [-1, 1]."""
-
-
-class Conditioner(nn.Module, ABC):
-    """What turns the fields of a batch into a Condition."""
-
-    sees_mask = False
-    """Whether it shows the network a picture's `mask` and what is beside it."""
-    needs_image = False
-    """Whether it is given the picture itself, which there is neither beside cached latents nor beside a prompt."""
-
-    def bind(self, encode: Encode) -> None:
-        """Is given the first stage's `encode`; one that shows pictures as latents keeps it."""
-
-    def encoders(self) -> dict[str, "TextConditioner"]:
-        """The frozen text encoders in it, by the name under which their states may be kept; none by default."""
-        return {}
-
-    @abstractmethod
-    def widths(self, latent_channels: int) -> Widths:
-        """How wide its conditions' fields are, beside latents of so many channels."""
-
-    @classmethod
-    def planned(cls, arguments: Arguments, latent_channels: int) -> Widths | None:
-        """The `widths` of one that is still to be built, from its configuration; None where that does not tell."""
-        return None
-
-    @abstractmethod
-    def forward(self, fields: Fields, rng_keys: Tensor | None = None) -> Condition:
-        """The condition of B samples from `fields` (name -> B strings, or a tensor [B, ...]).
-
-        `rng_keys` [B] int64 are the randomness keys of this visit of the samples; with them the conditioner
-        drops what its options say (training). Without them nothing is drawn (sampling, evaluation).
-        """
-
-    @abstractmethod
-    def empty(self, n: int) -> Condition:
-        """The condition of n samples that says nothing: what guidance steers away from."""
-
-    def __call__(self, fields: Fields, rng_keys: Tensor | None = None) -> Condition:
-        return cast(Condition, super().__call__(fields, rng_keys))
-
-
-def dropped(rng_keys: Tensor, field: str, probability: float) -> Tensor:
-    """True [B] bool where `field` is dropped at this visit, drawn from `rng_keys` [B] int64.
-
-    For conditions computed beforehand: `condition.where(dropped(rng_keys, "caption", 0.1), empty)`.
-    """
-    return uniform(fold(rng_keys, f"drop:{field}")) < probability
+FINAL_NORMS = (
+    "final_layer_norm",
+    "encoder.final_layer_norm",
+    "norm",
+    "language_model.norm",
+    "final_norm",
+    "final_layernorm",
+    "ln_f",
+)
+"""The names of the norm after the last layer: CLIP, T5, Llama and its kin, Gemma 3, ModernBERT, Phi, GPT-2."""
 
 
 class TextConditioner(Conditioner):
-    """Token states [B, L, D] of a CLIP text encoder (Rombach et al. 2022, section 3.3; L = max_length).
+    """Token states [B, L, D] of a text encoder (Rombach et al. 2022, section 3.3; L = max_length).
 
+    encoder      a text model of transformers: CLIP, the encoder half of T5 or UMT5, BERT, a decoder such as Gemma
+    tokenizer    the encoder's tokenizer; its padding token fills every caption up to max_length, on the right
     field        the batch's field that holds the captions
     dropout      probability that a caption becomes "" at a visit (Ho and Salimans 2022), in [0, 1]
     layer        which layer's states: -1 the last, -2 the one before (SD 2, SDXL), ...
-    final_norm   apply the encoder's final layer norm to them (SD 1 and 2; SDXL does without)
-    pooled       also give `vector` [B, D]: the last layer's normed state at the end token
-    projection   a linear map of `vector` to [B, P], as SDXL has it; None: as it is
+    final_norm   apply the encoder's final norm to them (SD 1 and 2, T5; SDXL does without)
+    pooled       also give `vector` [B, D]: CLIP's last normed state at the end token
+    projection   a linear map of `vector` to [B, P], as SDXL has it; None: no map
     zero_empty_embedding   an empty caption's states and vector are zeros (SDXL), not the encoding of ""
-    mask         also give `mask`; off, padding is attended as in Stable Diffusion
+    mask         give the network a `mask` of the tokens that are not padding, and have the encoder attend to these
+                 alone (CLIP's words attend to what precedes them in any case); None: false for CLIP, as in Stable
+                 Diffusion, true for others, as PixArt-alpha uses T5 and Sana Gemma. SD 3 and FLUX use T5 with false
     frozen       the encoder stays in eval mode, without gradients
-    max_length   tokens per caption with start and end; longer ones are cut, the end token kept
+    max_length   tokens per caption, special ones included; longer captions are truncated, their end token kept
 
-    A frozen one takes states that were made beforehand from the fields `NAME.tokens` (and `.vector`, `.mask`) instead
-    of encoding, where they are there; NAME is `name`, which holds the fingerprint of the encoder and its options.
+    A frozen one takes precomputed states from the fields `NAME.tokens` (and `.vector`, `.mask`) instead of encoding,
+    where the batch has them; NAME is `name`, which holds the fingerprint of the encoder and its options.
 
-    `truncated` counts the captions that were cut since the start.
+    `truncated` counts the captions that were truncated since the start.
     Raises UserError for options that do not fit the encoder or the tokenizer.
     """
 
     def __init__(
         self,
-        encoder: CLIPTextModel,
-        tokenizer: CLIPTokenizer,
+        encoder: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerFast,
         field: str = "caption",
         dropout: float = 0.0,
         layer: int = -1,
         final_norm: bool = True,
         pooled: bool = False,
-        mask: bool = False,
+        mask: bool | None = None,
         frozen: bool = True,
         max_length: int = 77,
         projection: nn.Linear | None = None,
         zero_empty_embedding: bool = False,
     ) -> None:
         super().__init__()
-        _check(encoder.config, tokenizer, dropout, layer, max_length)
-        if projection is not None and not pooled:
-            raise UserError("projection is a map of the pooled state: give pooled=true as well")
+        check_probability("dropout", dropout)
+        _check_tokenizer(tokenizer, encoder, max_length)
+        self.is_clip = isinstance(encoder, CLIPTextModel)
+        modules = dict(encoder.named_modules())
+        self.norm_name = next((name for name in FINAL_NORMS if name in modules), None)
         self.encoder = encoder
         self.tokenizer = tokenizer
         self.field = field
@@ -119,7 +82,7 @@ class TextConditioner(Conditioner):
         self.layer = layer
         self.final_norm = final_norm
         self.pooled = pooled
-        self.mask = mask
+        self.mask = mask if mask is not None else not self.is_clip
         self.frozen = frozen
         self.max_length = max_length
         self.projection = projection
@@ -127,108 +90,136 @@ class TextConditioner(Conditioner):
         self.truncated = 0
         self._name: str | None = None
         self._empty: Condition | None = None
+        self._check_states()
         if frozen:
             self.requires_grad_(False)
         self.train(self.training)
 
+    def _check_states(self) -> None:
+        """Raise UserError for states that the encoder does not have."""
+        model, layers = type(self.encoder).__name__, self.encoder.config.get_text_config().num_hidden_layers
+        if not -layers <= self.layer <= -1:
+            raise UserError(f"layer={self.layer}: the text encoder has layers -{layers} to -1")
+        if self.final_norm and self.norm_name is None:
+            raise UserError(f"final_norm=true: {model} has no norm after its last layer; give final_norm=false")
+        if not self.final_norm and self.norm_name is not None and self.layer == -1 and not self.is_clip:
+            raise UserError(f"layer=-1 final_norm=false: {model} has its last states normed only; give final_norm=true")
+        if self.pooled and not self.is_clip:
+            raise UserError(f"pooled=true: {model} has no pooled state, only CLIP has; give pooled=false")
+        if self.projection is not None and not self.pooled:
+            raise UserError("projection is a map of the pooled state: give pooled=true as well")
+
     def widths(self, latent_channels: int) -> Widths:
-        """The encoder's width; that of the pooled state is the projection's where there is one."""
-        width = int(self.encoder.config.hidden_size)
+        """The encoder's width, and the pooled state's, after the projection."""
+        width = int(self.encoder.config.get_text_config().hidden_size)
         pooled = self.projection.out_features if self.projection is not None else width
         return Widths(tokens=width, vector=pooled if self.pooled else 0)
 
-    @classmethod
-    def planned(cls, arguments: Arguments, latent_channels: int) -> Widths | None:
-        """From the encoder's sizes."""
-        return text_widths(arguments["encoder"], arguments.get("projection"), bool(arguments.get("pooled")))
-
     def forward(self, fields: Fields, rng_keys: Tensor | None = None) -> Condition:
         """The captions' condition, see Conditioner.forward; UserError where the field is missing."""
-        if self.field not in fields:
-            raise UserError(f"the batch has no field {self.field!r} to condition on ({nearest(self.field, fields)})")
-        drop = dropped(rng_keys, self.field, self.dropout) if rng_keys is not None and self.dropout > 0 else None
-        if self.frozen and (made := self._made_beforehand(fields)) is not None:
-            return made if drop is None else made.where(drop, self._empty_one())
-        captions = [str(caption) for caption in fields[self.field]]
+        captions = texts(fields, self.field)
+        drop = dropout_mask(rng_keys, self.field, self.dropout) if rng_keys is not None and self.dropout > 0 else None
+        if self.frozen and (precomputed := self._precomputed(fields)) is not None:
+            return precomputed if drop is None else precomputed.where(drop, self._empty_condition())
         if drop is not None:
             captions = ["" if d else caption for d, caption in zip(drop.tolist(), captions, strict=True)]
-        return self._encode(captions)
+        return self.encode(captions)
 
-    def empty(self, n: int) -> Condition:
-        """The condition of "" for n samples."""
-        one = self._encode([""])
-        return one.select(torch.zeros(n, dtype=torch.int64))
-
-    @property
-    def name(self) -> str:
-        """The name of states made beforehand: another encoder, tokenizer or option has another."""
-        if self._name is None:
-            options = (self.field, self.layer, self.final_norm, self.pooled, self.mask, self.max_length)
-            vocabulary = sorted(self.tokenizer.get_vocab().items())
-            told = repr((options, self.zero_empty_embedding, self.tokenizer.pad_token_id, vocabulary)).encode()
-            weights = fingerprint(self.state_dict())
-            self._name = f"text-{hashlib.sha256(told + weights.encode()).hexdigest()[:16]}"
-        return self._name
-
-    def encoders(self) -> dict[str, "TextConditioner"]:
-        """Itself, where it is frozen."""
-        return {self.name: self} if self.frozen else {}
-
-    def states(self, captions: Sequence[str]) -> dict[str, Tensor]:
-        """What to keep of captions: the fields that `forward` takes instead of encoding them."""
-        return {f"{self.name}.{part}": value for part, value in self._encode(captions).inputs().items()}
-
-    def _made_beforehand(self, fields: Fields) -> Condition | None:
-        """The condition from states in the fields; None without any, UserError where they are another encoder's."""
-        kept = [name for name in fields if name.startswith("text-")]
-        if not kept:
-            return None
-        own = {name.removeprefix(f"{self.name}."): fields[name] for name in kept if name.startswith(f"{self.name}.")}
-        if not own:
-            others = ", ".join(sorted({name.split(".")[0] for name in kept}))
-            raise UserError(
-                f"the captions were encoded beforehand by {others}, this text encoder is {self.name}: make them anew, "
-                "or encode in training (latent_text=false)"
-            )
-        return Condition(**cast(dict[str, Tensor], own)).to(self.encoder.device, self.encoder.dtype)
-
-    def _empty_one(self) -> Condition:
-        if self._empty is None or self._empty.inputs()["tokens"].device != self.encoder.device:
-            self._empty = self.empty(1)
-        return self._empty
-
-    def tokens(self, captions: Sequence[str]) -> Tensor:
-        """Token ids [B, max_length] int64 on the CPU: start, words, end, padding."""
-        found = torch.full((len(captions), self.max_length), cast(int, self.tokenizer.pad_token_id))
-        rows = found.numpy()
-        backend = self.tokenizer.backend_tokenizer  # without what transformers adds: offsets, masks, copies
-        backend.no_truncation()
-        backend.no_padding()
-        for row, encoding in zip(rows, backend.encode_batch_fast(list(captions)), strict=True):
-            ids = self._cut(encoding.ids)
-            row[: len(ids)] = ids
-        return found
-
-    def encode(self, ids: Tensor) -> Condition:
-        """The condition of token ids [B, L]; with gradients only where the encoder is trained."""
-        ids = ids.to(self.encoder.device)
+    def encode(self, captions: Sequence[str]) -> Condition:
+        """The condition of captions [B]; with gradients only where the encoder is trained."""
+        ids, words = (tokens.to(self.encoder.device) for tokens in self.tokenize(captions))  # [B, L]
+        attention = {"attention_mask": words.long()} if self.mask and not self.is_clip else {}
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
-            output = self.encoder(input_ids=ids, output_hidden_states=True)
-            states = output.hidden_states[self.layer]  # [B, L, D], before the final norm
-            states = self.encoder.final_layer_norm(states) if self.final_norm else states
-            end = (ids == self.tokenizer.eos_token_id).int().argmax(dim=1)  # [B], the first end token
-            vector = output.last_hidden_state[torch.arange(len(ids)), end] if self.pooled else None
-            vector = self.projection(vector) if self.projection is not None else vector
-        mask = torch.arange(ids.shape[1], device=ids.device) <= end[:, None] if self.mask else None
-        return Condition(tokens=states, mask=mask, vector=vector)
-
-    def _encode(self, captions: Sequence[str]) -> Condition:
-        condition = self.encode(self.tokens(captions))
+            output = self.encoder(input_ids=ids, output_hidden_states=True, **attention)
+            states, vector = self._states(output), self._vector(output, ids)
+        condition = Condition(tokens=states, mask=words if self.mask else None, vector=vector)
         if not self.zero_empty_embedding:
             return condition
         empty = torch.tensor([caption == "" for caption in captions], dtype=torch.bool)
         zeros = {name: torch.zeros_like(value) for name, value in condition.inputs().items()}
         return condition.where(empty, Condition(**{**zeros, "mask": condition.mask}))  # attending to nothing gives NaN
+
+    def tokenize(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Token ids [B, max_length] int64 on the CPU, padded on the right, and which are not padding, bool.
+
+        Of a caption without any token ("" where the tokenizer adds none) the first padding token counts.
+        """
+        ids = torch.full((len(captions), self.max_length), cast(int, self.tokenizer.pad_token_id))
+        rows = ids.numpy()
+        lengths = torch.ones(len(captions), dtype=torch.int64)
+        backend = self.tokenizer.backend_tokenizer  # without transformers' own extras: offsets, masks, copies
+        backend.no_truncation()
+        backend.no_padding()
+        for i, encoding in enumerate(backend.encode_batch_fast(list(captions))):
+            row = encoding.ids
+            if len(row) > self.max_length:
+                end = row[-1:] if encoding.special_tokens_mask[-1] else []
+                self._count_truncated(len(row))
+                row = [*row[: self.max_length - len(end)], *end]
+            rows[i, : len(row)] = row
+            lengths[i] = max(1, len(row))
+        return ids, torch.arange(self.max_length) < lengths[:, None]
+
+    def _count_truncated(self, tokens: int) -> None:
+        if self.truncated == 0:
+            message = "a caption of %d tokens is truncated to %d; further ones are counted in `truncated`"
+            log.warning(message, tokens, self.max_length)
+        self.truncated += 1
+
+    def _states(self, output: BaseModelOutput) -> Tensor:
+        """The layer's states [B, L, D]."""
+        if self.layer == -1 and self.final_norm:
+            return cast(Tensor, output.last_hidden_state)
+        states = cast(tuple[Tensor, ...], output.hidden_states)[self.layer]  # before the final norm
+        return cast(Tensor, self.encoder.get_submodule(str(self.norm_name))(states)) if self.final_norm else states
+
+    def _vector(self, output: BaseModelOutput, ids: Tensor) -> Tensor | None:
+        """The pooled state [B, D], or its projection [B, P]; None where it is not asked for."""
+        if not self.pooled:
+            return None
+        end = (ids == self.tokenizer.eos_token_id).int().argmax(dim=1)  # [B], the first end token
+        vector = cast(Tensor, output.last_hidden_state)[torch.arange(len(ids)), end]
+        return vector if self.projection is None else cast(Tensor, self.projection(vector))
+
+    @property
+    def name(self) -> str:
+        """The name of precomputed states: another encoder, tokenizer or option has another."""
+        if self._name is None:
+            options = (self.field, self.layer, self.final_norm, self.pooled, self.mask, self.max_length)
+            vocabulary = sorted(self.tokenizer.get_vocab().items())
+            description = repr((options, self.zero_empty_embedding, self.tokenizer.pad_token_id, vocabulary)).encode()
+            weights = fingerprint(self.state_dict())
+            self._name = f"text-{hashlib.sha256(description + weights.encode()).hexdigest()[:16]}"
+        return self._name
+
+    def encoders(self) -> "dict[str, TextConditioner]":
+        """Itself, where it is frozen."""
+        return {self.name: self} if self.frozen else {}
+
+    def states(self, captions: Sequence[str]) -> dict[str, Tensor]:
+        """The precomputed states of captions: the fields that `forward` takes instead of encoding."""
+        return {f"{self.name}.{part}": value for part, value in self.encode(captions).inputs().items()}
+
+    def _precomputed(self, fields: Fields) -> Condition | None:
+        """The condition from states in the fields; None without any, UserError where another encoder made them."""
+        names = [name for name in fields if name.startswith("text-")]
+        if not names:
+            return None
+        prefix = f"{self.name}."
+        parts = {name.removeprefix(prefix): fields[name] for name in names if name.startswith(prefix)}
+        if not parts:
+            others = ", ".join(sorted({name.split(".")[0] for name in names}))
+            raise UserError(
+                f"the captions' states were precomputed by {others}, this text encoder is {self.name}: compute them "
+                "again, or encode in training (latent_text=false)"
+            )
+        return Condition(**cast(dict[str, Tensor], parts)).to(self.encoder.device, self.encoder.dtype)
+
+    def _empty_condition(self) -> Condition:
+        """The unconditional embedding, one row."""
+        if self._empty is None or self._empty.inputs()["tokens"].device != self.encoder.device:
+            self._empty = self.encode([""])
+        return self._empty
 
     def train(self, mode: bool = True) -> "TextConditioner":
         """Set the mode; a frozen encoder stays in eval mode."""
@@ -239,27 +230,20 @@ class TextConditioner(Conditioner):
                 self.projection.train(False)
         return self
 
-    def _cut(self, ids: list[int]) -> list[int]:
-        if len(ids) <= self.max_length:
-            return ids
-        if self.truncated == 0:
-            message = "a caption of %d tokens is cut to %d; further ones are counted in `truncated`"
-            log.warning(message, len(ids), self.max_length)
-        self.truncated += 1
-        return [*ids[: self.max_length - 1], cast(int, self.tokenizer.eos_token_id)]
 
-
-def _check(config: CLIPTextConfig, tokenizer: CLIPTokenizer, dropout: float, layer: int, max_length: int) -> None:
-    if not 0 <= dropout <= 1:
-        raise UserError(f"dropout={dropout} is not a probability: give a number from 0 to 1")
-    if not -config.num_hidden_layers <= layer <= -1:
-        raise UserError(f"layer={layer}: the text encoder has layers -{config.num_hidden_layers} to -1")
-    if not 2 <= max_length <= config.max_position_embeddings:
-        raise UserError(f"max_length={max_length}: the text encoder takes 2 to {config.max_position_embeddings} tokens")
+def _check_tokenizer(tokenizer: PreTrainedTokenizerFast, encoder: PreTrainedModel, max_length: int) -> None:
+    config = encoder.config.get_text_config()
+    limit = getattr(config, "max_position_embeddings", None)  # None: any length, as T5's relative positions
+    if max_length < 2 or (limit is not None and max_length > limit):
+        raise UserError(f"max_length={max_length}: the text encoder takes 2 to {limit or 'any number of'} tokens")
+    if not getattr(tokenizer, "is_fast", False):
+        raise UserError(f"{type(tokenizer).__name__} has no `tokenizers` backend: give a folder with a tokenizer.json")
+    if tokenizer.pad_token_id is None:
+        raise UserError("the tokenizer has no padding token: give tokenizer.pad_token, one of its tokens")
     if len(tokenizer) > config.vocab_size:
         raise UserError(
-            f"the tokenizer has {len(tokenizer)} tokens, the text encoder knows {config.vocab_size}: they are not of "
-            "one model; take both from the same folder, or build the encoder for it with clip_text_for(tokenizer, ...)"
+            f"the tokenizer has {len(tokenizer)} tokens, the text encoder {config.vocab_size}: they are not of one "
+            "model; take both from the same folder, or build the encoder for it with clip_text_for(tokenizer, ...)"
         )
 
 
@@ -307,8 +291,8 @@ def clip_text_for(
 ) -> CLIPTextModel:
     """A text encoder with random weights whose vocabulary and special tokens are the tokenizer's.
 
-    `token_std` and `position_std` are the deviations that the embeddings begin with. CLIP's 0.02 is for long
-    training; beside it the layers' random outputs are large, and words are told apart only after many steps.
+    `token_std` and `position_std` are the embeddings' initial standard deviations. CLIP's 0.02 is for long
+    training; next to it the layers' random outputs are large, and words differ only after many steps.
     """
     if token_std <= 0 or position_std <= 0:
         raise UserError(f"token_std={token_std}, position_std={position_std}: expected numbers above 0")
@@ -329,71 +313,6 @@ def clip_text_for(
     return encoder
 
 
-def clip_text_from_pretrained(name_or_path: str, subfolder: str = "", clip_skip: int = 0) -> CLIPTextModel:
-    """The text encoder in a folder (or of a hub name); `subfolder` is "text_encoder" in a diffusers folder.
-
-    The last `clip_skip` layers are left out: SD 2 uses 23 of OpenCLIP ViT-H's 24. Raises UserError where
-    it cannot be had, or has no more layers than that.
-    """
-    try:
-        encoder = CLIPTextModel.from_pretrained(name_or_path, subfolder=subfolder)
-    except (OSError, ValueError) as error:
-        raise _not_loaded("text encoder", name_or_path, subfolder, "config.json, model.safetensors") from error
-    if not 0 <= clip_skip < encoder.config.num_hidden_layers:
-        raise UserError(
-            f"clip_skip={clip_skip}: the text encoder at {name_or_path!r} has "
-            f"{encoder.config.num_hidden_layers} layers, and one has to stay"
-        )
-    if clip_skip:
-        encoder.config.num_hidden_layers -= clip_skip
-        encoder.encoder.layers = encoder.encoder.layers[: encoder.config.num_hidden_layers]
-    return encoder
-
-
-def clip_projection_from_pretrained(name_or_path: str, subfolder: str = "") -> nn.Linear:
-    """The linear map of the pooled state in a text encoder's folder (or of a hub name); UserError without one."""
-    files = "config.json, model.safetensors with a text_projection"
-    try:
-        width = clip_widths(name_or_path, subfolder)[1]  # which transformers looks for in the wrong place (#25622)
-        loaded: Any = CLIPTextModelWithProjection.from_pretrained(
-            name_or_path, subfolder=subfolder, projection_dim=width, output_loading_info=True
-        )
-        encoder, told = loaded
-    except (OSError, ValueError) as error:
-        raise _not_loaded("text encoder", name_or_path, subfolder, files) from error
-    if any("text_projection" in name for name in told["missing_keys"]):
-        raise _not_loaded("text encoder with a projection", name_or_path, subfolder, files)
-    return cast(nn.Linear, encoder.text_projection)
-
-
 def clip_projection(hidden_size: int, projection_dim: int) -> nn.Linear:
     """A linear map of the pooled state [B, hidden_size] to [B, projection_dim] with random weights, as CLIP has it."""
     return nn.Linear(hidden_size, projection_dim, bias=False)
-
-
-def tokenizer_from_pretrained(name_or_path: str, subfolder: str = "", pad_token: str | None = None) -> CLIPTokenizer:
-    """The tokenizer in a folder (or of a hub name); `subfolder` is "tokenizer" in a diffusers folder.
-
-    `pad_token` is another padding than its own: OpenCLIP's is "!". Raises UserError where it cannot be had.
-    """
-    files = "tokenizer_config.json and tokenizer.json, or vocab.json and merges.txt"
-    try:
-        tokenizer = CLIPTokenizer.from_pretrained(name_or_path, subfolder=subfolder)
-    except (OSError, ValueError, TypeError) as error:
-        raise _not_loaded("tokenizer", name_or_path, subfolder, files) from error
-    if len(tokenizer) <= 3:  # transformers 5 makes one of special tokens alone where it finds no files
-        raise _not_loaded("tokenizer", name_or_path, subfolder, files)
-    if pad_token is not None:
-        if pad_token not in tokenizer.get_vocab():
-            raise UserError(f"pad_token={pad_token!r}: the tokenizer has no such token")
-        tokenizer.pad_token = pad_token
-    return cast(CLIPTokenizer, tokenizer)
-
-
-def _not_loaded(what: str, name: str, subfolder: str, files: str) -> UserError:
-    where = f"{name}/{subfolder}" if subfolder else name
-    return UserError(
-        f"no {what} at {where!r}: it is neither a folder with {files}, nor could it be downloaded from the "
-        "hub under that name (is this machine offline, or HF_HUB_OFFLINE set?). On a machine with a "
-        f"network run `hf download {name} --local-dir FOLDER`, and give FOLDER as the path"
-    )

@@ -1,4 +1,4 @@
-"""A CLIP tokenizer made from one's own captions, for text encoders that are trained from nothing."""
+"""A CLIP tokenizer trained on the captions of a data set, for text encoders that are trained from scratch."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 from transformers import CLIPTokenizer
 
-from ldm.conditioning.text import tokenizer_from_pretrained
+from ldm.conditioning.pretrained import tokenizer_from_pretrained
 from ldm.errors import UserError
 
 START, END = "<|startoftext|>", "<|endoftext|>"
@@ -28,23 +28,23 @@ def captions_tokenizer(
     max_length: int = 77,
     min_frequency: int = 2,
 ) -> CLIPTokenizer:
-    """The tokenizer in the folder `path`; where there is none, it is made from `captions` and saved there.
+    """The tokenizer in the folder `path`; where there is none, it is trained on `captions` and saved there.
 
     Byte-level BPE in CLIP's layout (Radford et al. 2021, section 2.4): 256 bytes, 256 bytes that end a
     word, the merges in order, start, end; lower case; padded with the end token. Any text has ids. Merges
-    stop at `vocab_size` tokens, or when no pair is left that occurs `min_frequency` times. The same
-    captions, in any order, give the same files, and the folder appears at once, so several processes may
-    call this. transformers, diffusers and older tools (vocab.json, merges.txt) read the folder.
-    Raises UserError for a vocabulary without room, or no captions.
+    stop at `vocab_size` tokens, or when no pair occurs `min_frequency` times. The same captions, in any
+    order, give the same files, and the folder is written atomically, so several processes may call this.
+    transformers, diffusers and older tools (vocab.json, merges.txt) read the folder.
+    Raises UserError for a vocabulary that is too small, or no captions.
     """
     path = Path(path)
     if not path.exists():
         merges = _train_merges(captions, vocab_size, min_frequency)
-        # CLIPTokenizer hands the merges to `tokenizers`, which takes pairs; it is annotated otherwise.
+        # CLIPTokenizer passes the merges to `tokenizers`, which takes pairs; its annotation says strings.
         pairs = cast(list[str], merges)
         tokenizer = CLIPTokenizer(vocab=_vocab(merges), merges=pairs, model_max_length=max_length)
         _save(tokenizer, path)
-    return tokenizer_from_pretrained(str(path))
+    return cast(CLIPTokenizer, tokenizer_from_pretrained(str(path)))
 
 
 def _byte_letters() -> list[str]:
@@ -67,7 +67,7 @@ def _train_merges(captions: Iterable[str], vocab_size: int, min_frequency: int) 
     clip = CLIPTokenizer().backend_tokenizer
     scratch = Tokenizer(BPE(end_of_word_suffix=WORD_END))
     scratch.normalizer, scratch.pre_tokenizer = clip.normalizer, clip.pre_tokenizer
-    # Given as special tokens, the alphabet has fixed ids; ties between pairs are broken by id.
+    # As special tokens the letters have fixed ids; ties between pairs are broken by id.
     trainer = BpeTrainer(
         vocab_size=vocab_size - 2,
         min_frequency=min_frequency,
@@ -78,7 +78,7 @@ def _train_merges(captions: Iterable[str], vocab_size: int, min_frequency: int) 
     scratch.train_from_iterator(captions, trainer)
     merges = json.loads(scratch.to_str())["model"]["merges"]
     if not merges:
-        raise UserError("no tokenizer can be made: the captions are empty or no word occurs in them twice")
+        raise UserError("no tokenizer can be trained: the captions are empty or no word occurs in them twice")
     return [(left, right) for left, right in merges]
 
 
@@ -89,7 +89,7 @@ def _vocab(merges: list[Merge]) -> dict[str, int]:
 
 
 def _save(tokenizer: CLIPTokenizer, path: Path) -> None:
-    """Write the folder beside its place and move it there; another process's finished folder is kept."""
+    """Write a temporary folder and rename it to `path`; the finished folder of another process is kept."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:

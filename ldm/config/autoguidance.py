@@ -5,16 +5,17 @@ from functools import cache
 import torch
 
 from ldm.config.trained import load_trained
+from ldm.diffusion.denoiser import Cond
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.sampling.autoguidance import Autoguidance
-from ldm.sampling.guidance import Fields, Guidance, Inputs
+from ldm.sampling.guidance import Fields, Guidance
 
 
 def autoguidance(guidance: Guidance, checkpoint: str, weights: str = "ema") -> Autoguidance:
     """Guidance away from the model at `checkpoint` (a run, a stage, a model folder), which is read once."""
     model = _load_weaker(checkpoint, weights)
 
-    def describe(fields: Fields, device: torch.device) -> Inputs:
+    def describe(fields: Fields, device: torch.device) -> Cond:
         return model.conditioner.to(device)(fields, None).inputs()
 
     return Autoguidance(guidance, model.denoiser, describe, model.first_stage)

@@ -1,54 +1,62 @@
-"""From a composed configuration to built objects: the stages of a launch, and a trained model read back."""
+"""From a composed configuration to the built stages of a launch."""
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Mapping
 from copy import deepcopy
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import pytorch_lightning as pl
 import torch
-from hydra.errors import InstantiationException
-from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pytorch_lightning.accelerators import CPUAccelerator
+from pytorch_lightning.callbacks import Checkpoint
+from pytorch_lightning.loggers import Logger
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from ldm.checkpoint import RECORD as CHECKPOINT
-from ldm.commands.cache_latents import use_latents
 from ldm.config.check import build, check
-from ldm.config.compose import CONFIGS, names
-from ldm.config.devices import check_devices, pick_device
-from ldm.config.infer import check_fits
-from ldm.config.sources import inherit_first_stage, load_strictly, load_weights
+from ldm.config.devices import check_devices
+from ldm.config.infer import check_fit, fill_widths
+from ldm.config.sources import inherit_first_stage, load_weights
 from ldm.config.stages import stage_config
-from ldm.config.watch import strategy, watch
-from ldm.data.loading.fetch import View
-from ldm.errors import UserError, nearest
-from ldm.evaluation.evaluate import ReferenceSet
-from ldm.evaluation.measures import Measure
-from ldm.generation import SamplingSettings
-from ldm.interop.model_folder import ModelFolder, find_model_folder
-from ldm.latent_diffusion import LatentDiffusion
+from ldm.errors import UserError
+from ldm.networks.cpu import keep_freed_memory
 from ldm.training.checkpoint_io import FolderCheckpointIO
-from ldm.training.checkpointing import Checkpoints
+from ldm.training.checkpointing import DataPosition
 from ldm.training.curriculum import Job, Stage
-from ldm.training.diffusion import DiffusionModule
-from ldm.training.ema import EMA
-from ldm.training.freed_memory import keep_freed_memory
-from ldm.training.kept_weights import keep_weights
+from ldm.training.metrics_file import METRICS, MetricsFile, Rewind
 from ldm.training.module import TrainingModule
 from ldm.training.precision import let_clip
 from ldm.versions import versions, write_versions
 
 log = logging.getLogger(__name__)
 
-# ------------------------------------------------------------------------------------------------ training
+CacheLatents = Callable[[DictConfig, Any, TrainingModule], None]
+"""Lets a built stage train from cached latents where its knob `latents` says so."""
+
+REFUSED = {  # arguments of the Trainer that have another place, or no meaning here
+    "callbacks": "use the group callbacks: callbacks=[default,mine], or callbacks.NAME={_target_: ...}",
+    "logger": "use the group logger: logger=csv, logger=[csv,wandb], or logger.NAME={_target_: ...}",
+    "default_root_dir": "every file of a run is in its folder; use hydra.run.dir",
+    "enable_checkpointing": "use callbacks.checkpoints (callbacks.checkpoints=null: none)",
+    "enable_progress_bar": "use callbacks.progress (callbacks.progress=null: none)",
+    "max_epochs": "one epoch is the whole run; use trainer.max_steps",
+    "min_epochs": "one epoch is the whole run; use trainer.max_steps",
+    "min_steps": "a stage always runs to trainer.max_steps",
+    "check_val_every_n_epoch": "one epoch is the whole run; use trainer.val_check_interval, in batches",
+    "reload_dataloaders_every_n_epochs": "one epoch is the whole run",
+    "use_distributed_sampler": "the data's own plan shares out the samples",
+    "overfit_batches": "use data.train.where or fewer shards",
+    "fast_dev_run": "use variant=tiny",
+    "barebones": "it leaves out what a run is made of",
+}
 
 
-def stages(cfg: DictConfig, overrides: list[str], run_folder: Path) -> tuple[list[Stage], dict[str, Path]]:
+def stages(
+    cfg: DictConfig, overrides: list[str], run_folder: Path, cache_latents: CacheLatents | None = None
+) -> tuple[list[Stage], dict[str, Path]]:
     """The stages that a launch runs, and the model folders of the finished ones that it may build on.
 
     All stages are composed and checked before the first one starts.
@@ -59,19 +67,49 @@ def stages(cfg: DictConfig, overrides: list[str], run_folder: Path) -> tuple[lis
         folder = run_folder / name
         config = stage_config(cfg, name, overrides)
         config.stage_folder = str(folder)
-        unresolved = deepcopy(config)  # another first stage may come with first_stage_from, and widths follow it
-        try:
-            OmegaConf.resolve(config)
-        except OmegaConfBaseException as error:
-            raise UserError(f"stage {name}: {str(error).splitlines()[0]}") from error
-        order = list(cfg.curriculum).index(name)
-        check(config.tasks[config.task])
-        check_fits(config, [str(stage) for stage in cfg.curriculum])
-        check_devices(config.trainer)
+        check_stage(config, [str(stage) for stage in cfg.curriculum])
         here = resume if resume is not None and resume.parent.parent.name == name else None
-        built.append(Stage(name, folder, _builder(unresolved, folder, order), here))
+        order = list(cfg.curriculum).index(name)
+        built.append(Stage(name, folder, _builder(config, folder, order, cache_latents), here))
     every = {str(name): run_folder / str(name) / "model" for name in cfg.curriculum}
     return built, {name: path for name, path in every.items() if (path / "model.json").exists()}
+
+
+def check_stage(config: DictConfig, stages: list[str]) -> None:
+    """Raises UserError for what cannot be built, as far as that shows before the stage's turn."""
+    config = deepcopy(config)
+    try:
+        fill_widths(config)
+        OmegaConf.resolve(deepcopy(config))
+    except OmegaConfBaseException as error:
+        raise UserError(f"stage {config.stage}: {str(error).splitlines()[0]}") from error
+    for name in ("task", "data"):
+        check(config[name], name)
+    _check_trainer(config.trainer)
+    for group in ("callbacks", "logger"):
+        for name, node in _entries(config, group).items():
+            check(node, f"{group}.{name}")
+    check_devices(config.trainer)
+    check_fit(config, stages)
+
+
+def _check_trainer(node: DictConfig) -> None:
+    for name, advice in REFUSED.items():
+        if name in node:
+            raise UserError(f"trainer.{name}: {advice}")
+    check(node, "trainer")
+
+
+def _entries(config: DictConfig, group: str) -> dict[str, DictConfig]:
+    """The callbacks or loggers by name; UserError for one that is neither a node nor null."""
+    found = {}
+    for name, node in (config.get(group) or {}).items():
+        if node is None:
+            continue
+        if not isinstance(node, DictConfig) or "_target_" not in node:
+            raise UserError(f"{group}.{name}={node}: expected a node with a _target_, or null for none")
+        found[str(name)] = node
+    return found
 
 
 def _resume_path(cfg: DictConfig, run_folder: Path) -> Path | None:
@@ -89,48 +127,44 @@ def _resume_path(cfg: DictConfig, run_folder: Path) -> Path | None:
             f"{CHECKPOINT}); give outputs/NAME/TIME, or STAGE/checkpoints/step_N in it"
         )
     if path.parent.parent.name not in cfg.stages:
-        raise UserError(f"resume={path}: it is no checkpoint of a stage that this launch runs ({list(cfg.stages)})")
+        raise UserError(f"resume={path}: it is not a checkpoint of a stage that this launch runs ({list(cfg.stages)})")
     return path
 
 
-def _builder(config: DictConfig, folder: Path, order: int) -> Callable[[dict[str, Path]], Job]:
-    def make(models: dict[str, Path]) -> Job:
-        return build_job(config, folder, order, models)
+def _builder(
+    config: DictConfig, folder: Path, order: int, cache_latents: CacheLatents | None
+) -> Callable[[dict[str, Path]], Job]:
+    return lambda models: build_job(config, folder, order, models, cache_latents)
 
-    return make
 
-
-def build_job(config: DictConfig, folder: Path, order: int, models: dict[str, Path]) -> Job:
+def build_job(
+    config: DictConfig,
+    folder: Path,
+    order: int,
+    models: Mapping[str, Path],
+    cache_latents: CacheLatents | None = None,
+) -> Job:
     """A stage's objects; `models` are the finished stages' model folders by name."""
     pl.seed_everything(config.seed, workers=True, verbose=False)
     inherited = inherit_first_stage(config, models)
-    OmegaConf.resolve(config)
-    datamodule = build(config.data)
+    fill_widths(config)
+    datamodule = build(config.data, "data")
     datamodule.prepare_data()
-    module = cast(TrainingModule, build(config.tasks[config.task]))
+    module = build(config.task, "task")
+    if not isinstance(module, TrainingModule):
+        raise UserError(f"task: {config.task._target_} is not an ldm.training.module.TrainingModule")
     load_weights(config, module, models, inherited)
-    if isinstance(module, DiffusionModule):
-        use_latents(config, datamodule, module.latent_diffusion)
+    if cache_latents is not None:
+        cache_latents(config, datamodule, module)
     module.to(memory_format=torch.channels_last)  # what convolutions are fastest in, on CPUs and GPUs alike
     if config.compile:
-        module.compile_networks()
-    keep_weights(module)
-
-    checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint.every_n_steps, config.checkpoint.keep)
-    ema = EMA(config.ema.decay) if config.ema.decay is not None else None
-    settings = (
-        None if config.task == "first_stage" else sampling_settings(config.samples, config.samples.guidance_scale)
-    )
-    watchers, loggers = watch(config, folder, ema, settings)
-    callbacks: list[pl.Callback] = [*([ema] if ema else []), checkpoints, *watchers]
-    make_trainer = partial(build(config.trainer), strategy=strategy(config.trainer, module))
-    if not module.automatic_optimization:  # such a module clips by itself; Lightning refuses to
-        make_trainer = partial(make_trainer, gradient_clip_val=None)
-    trainer = make_trainer(callbacks=callbacks, logger=loggers, plugins=[FolderCheckpointIO()])
-    let_clip(trainer)
-    if isinstance(trainer.accelerator, CPUAccelerator):
-        keep_freed_memory()
-    text = OmegaConf.to_yaml(_exported(config))
+        for network in module.compiled_networks():
+            network.compile()
+    trainer = _trainer(config, module, folder)
+    resolved = cast(DictConfig, deepcopy(config))
+    OmegaConf.resolve(resolved)
+    resolved.model = resolved.task[module.exported]
+    text = OmegaConf.to_yaml(resolved)
     if trainer.is_global_zero:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.yaml").write_text(text)
@@ -138,144 +172,59 @@ def build_job(config: DictConfig, folder: Path, order: int, models: dict[str, Pa
     tokenizer = Path(config.tokenizer_path) if Path(config.tokenizer_path).is_dir() else None
     record = {"experiment": config.name, "order": order, "inherited": {k: str(v) for k, v in models.items()}}
     record["versions"] = versions()
-    return Job(module, datamodule, trainer, checkpoints, ema, text, tokenizer, record)
+    return Job(module, datamodule, trainer, text, tokenizer, record)
 
 
-def _exported(config: DictConfig) -> DictConfig:
-    """Shim: the two keys that readers of a model folder use, until the stages' configurations have them."""
-    text = cast(DictConfig, OmegaConf.create(OmegaConf.to_container(config)))
-    if config.task == "diffusion":
-        text.model = config.tasks.diffusion.latent_diffusion
-        names = ("sampler", "grid", "guidance", "steps", "guidance_scale")
-        text.sampling = {name: config.samples[name] for name in names}
-        text.sampling.guidance.pop("scale", None)
-    return text
+def _trainer(config: DictConfig, module: TrainingModule, folder: Path) -> pl.Trainer:
+    """The trainer with its callbacks, loggers and the folder checkpoints; whatever the task needs of it."""
+    metrics = MetricsFile(folder / METRICS)
+    callbacks = [DataPosition(), Rewind(metrics), *_built(config, "callbacks", pl.Callback)]
+    loggers = [metrics, *_built(config, "logger", Logger)]
+    for logger in loggers:
+        logger.log_hyperparams(cast(dict[str, Any], OmegaConf.to_container(config, resolve=True)))
+    keys = [callback.state_key for callback in callbacks if type(callback).state_dict is not pl.Callback.state_dict]
+    for key in keys:
+        if keys.count(key) > 1:
+            raise UserError(f"callbacks: two of them keep their state under {key!r}; leave one out, or set it apart")
+    arguments: dict[str, Any] = {
+        "callbacks": callbacks,
+        "logger": loggers,
+        "plugins": [*(build(config.trainer, "trainer").keywords.get("plugins") or []), FolderCheckpointIO()],
+        "strategy": _strategy(config.trainer, module),
+        "default_root_dir": str(folder),
+        "max_epochs": -1,
+        "check_val_every_n_epoch": None,
+        "enable_checkpointing": any(isinstance(callback, Checkpoint) for callback in callbacks),
+        "enable_progress_bar": any(isinstance(callback, pl.callbacks.ProgressBar) for callback in callbacks),
+    }
+    if not module.automatic_optimization:  # such a module clips by itself; Lightning refuses to
+        arguments["gradient_clip_val"] = None
+    try:
+        trainer = cast(pl.Trainer, build(config.trainer, "trainer")(**arguments))
+    except (ValueError, TypeError, MisconfigurationException) as error:
+        raise UserError(f"trainer: {str(error).strip()}") from error
+    let_clip(trainer)
+    if isinstance(trainer.accelerator, CPUAccelerator):
+        keep_freed_memory()
+    return trainer
 
 
-# ----------------------------------------------------------------------------------------- trained models
+def _built(config: DictConfig, group: str, kind: type) -> list[Any]:
+    found = []
+    for name, node in _entries(config, group).items():
+        entry = build(node, f"{group}.{name}")
+        if not isinstance(entry, kind):
+            raise UserError(f"{group}.{name}: {node['_target_']} is not a {kind.__module__}.{kind.__name__}")
+        found.append(entry)
+    return found
 
 
-@dataclass(frozen=True)
-class Trained:
-    """A trained second stage, ready to sample from, with where it came from."""
-
-    model: LatentDiffusion
-    folder: ModelFolder
-    config: DictConfig
-
-
-def open_trained(checkpoint: str) -> tuple[ModelFolder, DictConfig]:
-    """The folder and the configuration of the model that `checkpoint` means; its weights are not read."""
-    folder = find_model_folder(Path(checkpoint), "diffusion")
-    return folder, cast(DictConfig, OmegaConf.create(folder.config_text))
+def _strategy(trainer: DictConfig, module: TrainingModule) -> Any:
+    """The trainer's strategy; where steps leave parameters unused (a discriminator's turn), DDP has to look for them."""
+    several = trainer.devices not in (1, "1") or trainer.num_nodes > 1
+    if module.unused_parameters and (trainer.strategy == "ddp" or (trainer.strategy == "auto" and several)):
+        log.info("strategy: ddp_find_unused_parameters_true, since each step leaves parameters unused")
+        return "ddp_find_unused_parameters_true"
+    return trainer.strategy
 
 
-def load_trained(checkpoint: str, weights: str, device: str) -> Trained:
-    """The latent diffusion model of a run, a stage or a model folder, in eval mode on `device`."""
-    folder, config = open_trained(checkpoint)
-    folder.verify()
-    if folder.tokenizer is not None:
-        _replace(config, str(config.tokenizer_path), str(folder.tokenizer))
-    model = cast(LatentDiffusion, build(config.tasks.diffusion.latent_diffusion))
-    load_strictly(model, folder.weights(weights), str(folder.path))
-    model = model.eval().requires_grad_(False).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return Trained(model.to(pick_device(device)), folder, config)
-
-
-def sampling_settings(cfg: DictConfig, guidance_scale: float) -> SamplingSettings:
-    """The sampler, grid, guidance and steps of sample.py's or evaluate.py's configuration."""
-    if cfg.steps < 1:
-        raise UserError(f"steps={cfg.steps}: expected 1 or more")
-    own = cast(DictConfig, OmegaConf.create(OmegaConf.to_container(cfg, resolve=False)))
-    own.guidance_scale = float(guidance_scale)  # what the guidance's own scale refers to
-    parts = build(own.sampler, "sampler"), build(own.grid, "grid"), build(own.guidance, "guidance")
-    return SamplingSettings(*parts, cfg.steps, float(cfg.get("strength", 1.0)), float(guidance_scale))
-
-
-def warn_without_dropout(config: DictConfig, scales: Iterable[float]) -> None:
-    """Says so where a model is to be guided whose training never dropped its captions."""
-    rates = list(_values(config.tasks.diffusion.latent_diffusion.conditioner, "dropout"))
-    if not any(rates) and any(scale != 1 for scale in scales):
-        log.warning(
-            "guidance: this model was trained without caption dropout (conditioner.dropout), so it has not learned "
-            "what guidance leads away from: use guidance_scale=1, or train with conditioner.dropout=0.1"
-        )
-
-
-def _values(node: Any, name: str) -> Iterator[Any]:
-    """All values of that name anywhere in a configuration."""
-    inside = list(node) if not isinstance(node, DictConfig) else [node[key] for key in node]
-    if isinstance(node, DictConfig) and name in node:
-        yield node[name]
-    for part in inside:
-        if OmegaConf.is_config(part):
-            yield from _values(part, name)
-
-
-def trained_size(trained: Trained, size: Any) -> tuple[int, int]:
-    """(height, width) in pixels: as given, a number or [height, width], else what the model was trained at."""
-    height, width = View.of(trained.config.data.size if size is None else size).size
-    trained.model.first_stage.check_size(height, width)
-    return height, width
-
-
-def measures(metrics: Sequence[str], options: DictConfig, device: torch.device) -> tuple[list[Measure], dict[str, str]]:
-    """The measures with the given names of configs/metric, and of those that cannot be built the reason, by name.
-
-    `options` holds what differs from configs/metric, by name. UserError for a name that does not exist.
-    """
-    known = [path.stem for path in sorted((CONFIGS / "metric").glob("*.yaml"))]
-    for name in metrics:
-        if name not in known:
-            raise UserError(f"metrics: there is no metric {name!r}; {nearest(name, known)}")
-    found, missing = [], {}
-    for name in metrics:
-        path = f"metric_options.{name}"
-        node = OmegaConf.load(CONFIGS / "metric" / f"{name}.yaml")
-        given = OmegaConf.to_container(options.get(name, OmegaConf.create({})), resolve=True)
-        merged = cast(DictConfig, OmegaConf.merge(node, _without_nulls(given)))
-        check(merged, path)
-        try:
-            found.append(cast(Measure, instantiate(merged)).to(device))
-        except InstantiationException as error:
-            if not isinstance(error.__cause__, UserError):
-                raise
-            leaves = [knob for knob in names(merged) if not OmegaConf.is_config(OmegaConf.select(merged, knob))]
-            knobs = [f"{path}.{knob}" for knob in leaves if not knob.endswith("_target_")]
-            missing[name] = str(error.__cause__) + (f" ({', '.join(knobs)})" if knobs else "")
-    return found, missing
-
-
-def _without_nulls(options: Any) -> Any:
-    """The options that are set, of nested ones."""
-    if not isinstance(options, dict):
-        return options
-    return {name: _without_nulls(value) for name, value in options.items() if value is not None}
-
-
-def evaluation_sets(
-    trained: Trained, data: Any, size: tuple[int, int], n: int, cache: str | None = None
-) -> list[ReferenceSet]:
-    """The sets to evaluate on: one of the model's own by name, other shards, or all of the model's own."""
-    if n < 2:
-        raise UserError(f"n={n}: a distance and an interval need at least 2 pictures")
-    own: dict[str, Any] = OmegaConf.to_container(trained.config.evaluation.sets)  # type: ignore[assignment]
-    if data is None:
-        chosen = own
-    elif data in own:
-        chosen = {data: own[data]}
-    elif isinstance(data, str) and not Path(data).exists() and "{" not in data:
-        raise UserError(f"data={data}: neither a set of the model nor shards; {nearest(data, own)}")
-    else:
-        chosen = {"data": OmegaConf.to_container(data) if OmegaConf.is_config(data) else data}
-    return [ReferenceSet(name, shards, size, n, cache) for name, shards in chosen.items()]
-
-
-def _replace(node: Any, old: str, new: str) -> None:
-    """Replaces a string wherever it stands in a configuration."""
-    for name in list(node) if isinstance(node, DictConfig) else range(len(node)):
-        value = node[name]
-        if OmegaConf.is_config(value):
-            _replace(value, old, new)
-        elif value == old:
-            node[name] = new

@@ -1,10 +1,19 @@
-"""Every knob against the constructor that it goes to, before anything is built."""
+"""Every knob against the constructor that it goes to: its name and its type, before anything is built."""
 
+import collections.abc
 import importlib
 import inspect
+import os
+import re
+import types
+import typing
 from collections.abc import Callable
+from enum import Enum
+from functools import cache
+from pathlib import Path
 from typing import Any
 
+from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
@@ -14,34 +23,55 @@ NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY
 HYDRA_KEYS = {"_target_", "_partial_", "_args_", "_recursive_", "_convert_"}
 
 
-def build(node: DictConfig, path: str = "") -> Any:
-    """The object that a configuration describes; its knobs are checked first."""
-    check(node, path)
-    return instantiate(node, _convert_="all")
+def build(node: DictConfig, path: str = "", **arguments: Any) -> Any:
+    """The object that a configuration describes, with further finished `arguments`; its knobs are checked first.
+
+    Raises UserError for a knob that does not fit, and where a constructor fails: the knob that describes it, and the
+    constructor's own message.
+    """
+    check(node, path, frozenset(arguments))
+    try:
+        return instantiate(node, _convert_="all", **arguments)
+    except InstantiationException as error:
+        cause = error.__cause__ or error
+        if isinstance(cause, UserError):
+            raise cause from None
+        match = re.search(r"full_key: (\S+)", str(error))
+        inside = match[1] if match else ""
+        name = inside if inside.startswith(path) else ".".join(filter(None, (path, inside)))
+        raise UserError(
+            f"{name}: {node['_target_']} cannot be built: {type(cause).__name__}: {str(cause).strip()} "
+            "(HYDRA_FULL_ERROR=1 shows the traceback)"
+        ) from error
 
 
-def check(node: Any, path: str = "") -> None:
-    """Raises UserError for a `_target_` that does not exist, a knob it does not have, or one that it misses."""
+def check(node: Any, path: str = "", supplied: frozenset[str] = frozenset()) -> None:
+    """Raises UserError for a `_target_` that does not exist, a knob it does not have or misses, or of another type.
+
+    `supplied` are arguments that the node's constructor gets from the code.
+    """
     if isinstance(node, ListConfig):
-        for i, part in enumerate(node):
-            check(part, f"{path}[{i}]")
+        for i in range(len(node)):
+            check(node[i], f"{path}[{i}]")
+        return
     if not isinstance(node, DictConfig) or node._is_none() or node._is_missing():
         return
     if "_target_" in node:
-        _check_arguments(node, path)
+        _check_arguments(node, path, supplied)
     for name in node:
         if not OmegaConf.is_missing(node, name):
-            check(node[name], f"{path}.{name!s}" if path else str(name))
+            check(node[name], _origin(node, str(name), f"{path}." if path else ""))
 
 
 def locate(target: str) -> Callable[..., Any]:
     """The class or function with a dotted name; UserError where there is none."""
     parts = target.split(".")
     for cut in range(len(parts) - 1, 0, -1):
+        module = ".".join(parts[:cut])
         try:
-            found: Any = importlib.import_module(".".join(parts[:cut]))
+            found: Any = importlib.import_module(module)
         except ModuleNotFoundError as error:
-            if error.name is not None and ".".join(parts[:cut]).startswith(error.name):
+            if error.name is not None and f"{module}.".startswith(f"{error.name}."):
                 continue
             raise UserError(f"{target} needs the package {error.name}, which is not installed") from error
         for name in parts[cut:]:
@@ -51,30 +81,123 @@ def locate(target: str) -> Callable[..., Any]:
             found = getattr(found, name)
         if callable(found):
             return found  # type: ignore[no-any-return]
-    raise UserError(f"_target_: {target}: there is no such class or function")
+    raise UserError(
+        f"_target_: {target}: there is no such class or function (packages are looked up in the current folder too)"
+    )
 
 
 def takes(target: str, name: str) -> bool:
     """Whether the class or function has an argument of that name (`**kwargs` do not count)."""
-    parameter = inspect.signature(locate(target)).parameters.get(name)
+    try:
+        parameter = inspect.signature(locate(target)).parameters.get(name)
+    except ValueError:  # a builtin without a signature
+        return True
     return parameter is not None and parameter.kind in NAMED
 
 
-def _check_arguments(node: DictConfig, path: str) -> None:
+def _check_arguments(node: DictConfig, path: str, supplied: frozenset[str]) -> None:
     target = locate(str(node["_target_"]))
-    parameters = inspect.signature(target).parameters
+    try:
+        parameters = inspect.signature(target).parameters
+    except ValueError:
+        return  # a builtin without a signature: its constructor will judge
     open_ended = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
     known = [name for name, p in parameters.items() if p.kind is not inspect.Parameter.VAR_KEYWORD]
-    given = {str(name) for name in node} - HYDRA_KEYS
-    for name in sorted(given - set(known)):
+    keys = {str(name) for name in node} - HYDRA_KEYS
+    prefix = f"{path}." if path else ""
+    for name in sorted(keys - set(known)):
         if not open_ended:
-            raise UserError(f"{path}.{name}: {node['_target_']} has no such knob; {nearest(name, known)}")
-    missing = [name for name in given if OmegaConf.is_missing(node, name)]
+            raise UserError(f"{prefix}{name}: {node['_target_']} has no such knob; {nearest(name, known)}")
+    missing = [name for name in keys if OmegaConf.is_missing(node, name)]
     if not node.get("_partial_", False) and not node.get("_args_"):
         missing += [
             name
             for name, p in parameters.items()
-            if p.default is inspect.Parameter.empty and p.kind in NAMED and name not in given
+            if p.default is inspect.Parameter.empty and p.kind in NAMED and name not in keys | supplied
         ]
     if missing:
-        raise UserError(f"{path}: {node['_target_']} needs {', '.join(sorted(missing))}; give {path}.{missing[0]}=...")
+        raise UserError(f"{path}: {node['_target_']} needs {', '.join(sorted(missing))}; give {prefix}{missing[0]}=...")
+    hints = _hints(target)
+    for name in sorted(keys & hints.keys()):
+        value = node[name]
+        if not _fits(value, hints[name]):
+            shown = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
+            raise UserError(f"{_origin(node, name, prefix)}={shown!r}: expected {_words(hints[name])}")
+
+
+def _origin(node: DictConfig, name: str, prefix: str) -> str:
+    """The knob that a value comes from: the one that an interpolation names, else its own."""
+    raw = node._get_node(name)
+    reference = re.fullmatch(r"\$\{([\w.]+)\}", str(raw._value())) if raw is not None else None  # type: ignore[union-attr]
+    return reference[1] if reference else f"{prefix}{name}"
+
+
+# ------------------------------------------------------------------------------------------------------- types
+
+
+@cache
+def _hints(target: Callable[..., Any]) -> dict[str, Any]:
+    """The annotations of a constructor's or a function's arguments; none where they cannot be read."""
+    function = target.__init__ if inspect.isclass(target) else target  # type: ignore[misc]
+    try:
+        return typing.get_type_hints(inspect.unwrap(function))
+    except (NameError, TypeError, AttributeError):
+        return {}
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a configuration's value may go to an argument with this annotation; what cannot be judged may."""
+    if OmegaConf.is_dict(value) and "_target_" in value:
+        return True  # an object that is still to be built
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, option) for option in arguments)
+    if origin is typing.Literal:
+        return value in arguments
+    if origin is typing.Annotated:
+        return _fits(value, arguments[0])
+    if hint in (None, type(None)):
+        return value is None
+    if hint is bool:
+        return isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if hint is str:
+        return isinstance(value, str)
+    kind = origin or hint
+    if kind in (list, tuple, collections.abc.Sequence, collections.abc.Iterable):
+        inside = [argument for argument in arguments if argument is not Ellipsis]
+        if not OmegaConf.is_list(value):
+            return False
+        if kind is tuple and Ellipsis not in arguments and inside:
+            return len(value) == len(inside) and all(map(_fits, value, inside))
+        return not inside or all(_fits(item, inside[0]) for item in value)
+    if kind in (dict, collections.abc.Mapping):
+        return OmegaConf.is_dict(value) and (not arguments or all(_fits(v, arguments[1]) for v in value.values()))
+    if inspect.isclass(kind) and isinstance(value, bool | int | float | str):
+        return kind in (object, Path, os.PathLike) or issubclass(kind, Enum) or isinstance(value, kind)
+    return True
+
+
+def _words(hint: Any) -> str:
+    """An annotation in words: "a number or null"."""
+    words = {
+        int: "a whole number", float: "a number", bool: "true or false", str: "a text", type(None): "null", None: "null",
+    }  # fmt: skip
+    if hint in words:
+        return words[hint]
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(dict.fromkeys(_words(option) for option in arguments))
+    if origin is typing.Literal:
+        return " or ".join(map(repr, arguments))
+    if origin in (list, tuple, collections.abc.Sequence, collections.abc.Iterable):
+        if origin is tuple and arguments and Ellipsis not in arguments:
+            return f"a list of {len(arguments)}"
+        plural = {int: " of whole numbers", float: " of numbers", str: " of texts"}
+        return f"a list{plural.get(arguments[0], '') if arguments else ''}"
+    if origin in (dict, collections.abc.Mapping):
+        return "a mapping"
+    return getattr(hint, "__name__", str(hint))

@@ -1,6 +1,7 @@
-"""Commands: a main function with Hydra's command line in front, and one clear message where it can't go on."""
+"""Commands: a main function behind Hydra's command line, and one clear line where it cannot go on."""
 
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -9,104 +10,100 @@ from pathlib import Path
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from lightning_fabric.utilities.exceptions import MisconfigurationException
-from lightning_fabric.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ldm.config.compose import CONFIGS, completed, compose, first_of_sweeps, register_resolvers, with_texts
-from ldm.errors import UserError
-from ldm.training.curriculum import Interrupted
-from ldm.versions import write_versions
-
-Main = Callable[..., float | None]
+from ldm.config.compose import CONFIGS, register_resolvers, with_texts
+from ldm.config.help import help_text
+from ldm.config.processes import job_processes
+from ldm.errors import Interrupted, UserError
 
 
 @dataclass(frozen=True)
 class Invocation:
-    """Shim: what a command was called with, its overrides and the folder of its files; sample.py's is given one."""
+    """What a command was called with: its overrides, and the folder that its files go to."""
 
     overrides: list[str]
     folder: Path
 
 
+Main = Callable[[DictConfig, Invocation], float | None]
+DEBUG = "HYDRA_FULL_ERROR"
 
 
 def command(config_name: str, texts: Sequence[str] = ()) -> Callable[[Main], Callable[[], None]]:
-    """Makes `main(cfg)` a command line of overrides; a user's error ends it with its message and exit status 1.
+    """Makes `main(cfg, invocation)` a command line of overrides.
 
-    The values of the knobs `texts` are taken as they stand, where it is no sweep.
+    A user's error ends it with its message and exit status 1, HYDRA_FULL_ERROR=1 shows the traceback. The values of
+    the knobs `texts` are taken literally, outside of a sweep. The current folder is on the import path, for the
+    user's own classes.
     """
 
+    debug = os.environ.get(DEBUG) == "1"
+
     def decorate(main: Main) -> Callable[[], None]:
-        def guarded(cfg: DictConfig) -> float | None:
+        def job(cfg: DictConfig) -> float | None:
+            config = HydraConfig.get()
             try:
-                _write_versions(Path(HydraConfig.get().runtime.output_dir))
-                if config_name == "sample":  # shim, see Invocation
-                    config = HydraConfig.get()
+                missing = [str(name) for name in cfg if OmegaConf.is_missing(cfg, name)]
+                if missing:
+                    raise UserError(_not_given(config_name, missing))
+                with job_processes():
                     return main(cfg, Invocation(list(config.overrides.task), Path(config.runtime.output_dir)))
-                return main(cfg)
-            except Interrupted as stop:
-                sys.stderr.write(f"{stop}\n")
-                raise SystemExit(stop.exit_status) from None
             except Exception as error:
-                _exit_if_users(error)
+                _exit_if_user_error(error, debug)
                 raise
 
         def run() -> None:
+            if {"-h", "--help"} & set(sys.argv[1:]):
+                sys.stdout.write(help_text(config_name, sys.argv[1:]))
+                return
+            if os.getcwd() not in sys.path:
+                sys.path.insert(0, os.getcwd())
             register_resolvers()
             _quiet()
             if not {"-m", "--multirun"} & set(sys.argv):
                 sys.argv[1:] = with_texts(sys.argv[1:], texts)
-            sys.argv[1:] = _completed(config_name, sys.argv[1:])
-            overrides = [text for text in sys.argv[1:] if not text.startswith("-")]
-            if len(overrides) == len([t for t in sys.argv[1:] if t not in ("-m", "--multirun")]):
-                _compose_once(config_name, overrides)
-            hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=config_name)(guarded)()
+            os.environ[DEBUG] = "1"  # Hydra then hands errors on, instead of printing them in its own way
+            try:
+                hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=config_name)(job)()
+            except Exception as error:
+                _exit_if_user_error(error, debug)
+                raise
 
         return run
 
     return decorate
 
 
-def _completed(config_name: str, arguments: list[str]) -> list[str]:
-    """The command line with its overrides completed, see `completed`."""
-    overrides = [text for text in arguments if "=" in text and not text.startswith(("-", "hydra."))]
-    done = dict(zip(overrides, completed(config_name, overrides), strict=True))
-    return [done.get(text, text) for text in arguments]
+def _not_given(config_name: str, names: Sequence[str]) -> str:
+    hint = "experiment=quickstart" if config_name == "train" else f"{names[0]}=..."
+    return f"{', '.join(names)}: not given; give {hint}"
 
 
-@rank_zero_only
-def _write_versions(folder: Path) -> None:
-    write_versions(folder)
-
-
-def _compose_once(config_name: str, overrides: list[str]) -> None:
-    """Composes before Hydra does, so that an unknown knob is answered with the nearest ones."""
-    try:
-        own = [text for text in first_of_sweeps(overrides) if not text.lstrip("+~").startswith("hydra")]
-        cfg = compose(config_name, own)
-        missing = [str(name) for name in cfg if OmegaConf.is_missing(cfg, name)]
-        if missing:
-            hint = "experiment=quickstart" if config_name == "train" else f"{missing[0]}=..."
-            raise UserError(f"{', '.join(missing)}: not given; give {hint}")
-    except UserError as error:
-        _exit_if_users(error)
-
-
-def _exit_if_users(error: BaseException) -> None:
-    """Ends the process with the message where the error, or one that caused it, is the user's to mend."""
+def _exit_if_user_error(error: BaseException, debug: bool) -> None:
+    """Ends the process with the message where the error, or one that caused it, is for the user to fix."""
+    if debug and not isinstance(error, Interrupted):
+        return
     cause: BaseException | None = error
     while cause is not None:
-        if isinstance(cause, UserError | MisconfigurationException | OmegaConfBaseException):
-            sys.stderr.write(f"error: {str(cause).strip()}\n")
+        if isinstance(cause, Interrupted):
+            sys.stderr.write(f"{cause}\n")
+            raise SystemExit(cause.exit_status) from None
+        name = type(cause).__name__
+        if isinstance(cause, UserError | OmegaConfBaseException) or name == "MisconfigurationException":
+            message = str(cause).strip()
+            if "Missing mandatory value" in message or "MissingMandatory" in name:
+                message = f"{message.splitlines()[0]}; give it on the command line"
+            sys.stderr.write(f"error: {message}\n")
             raise SystemExit(1) from None
         cause = cause.__cause__ or cause.__context__
 
 
 def _quiet() -> None:
     """Leaves out the libraries' notices that say nothing to the user of a command."""
-    logging.getLogger("pytorch_lightning.utilities.rank_zero").addFilter(lambda record: "Tip:" not in record.msg)
+    lightning = logging.getLogger("pytorch_lightning.utilities.rank_zero")
+    lightning.addFilter(lambda record: not str(record.msg).startswith(NOTICES))
     for text in (
         ".*does not have many workers.*",
         ".*treespec.*is deprecated.*",
@@ -114,5 +111,12 @@ def _quiet() -> None:
         ".*Found .* module.* in eval mode.*",
         ".*smaller than the logging interval.*",
         ".*Trying to infer the `batch_size`.*",
+        ".*Checkpoint directory .* exists.*",
     ):
         warnings.filterwarnings("ignore", text)
+
+
+NOTICES = (
+    "💡 Tip:", "GPU available:", "TPU available:", "HPU available:", "Using default", "`Trainer.fit` stopped",
+    "Restoring states from", "Restored all states", "Seed set to", "Trainer already configured",
+)  # fmt: skip

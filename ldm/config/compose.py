@@ -1,130 +1,114 @@
-"""Composition: from a command's overrides to one configuration, with errors that name the nearest knobs."""
+"""Composition: one Hydra composition a command; unknown knobs are rejected with the nearest names.
+
+Hydra's loader is extended in two places, at import, so that every composition behaves alike (a command's, each job's
+of a sweep, a contact sheet's cell, also in the processes of a launcher plugin): an override may name an argument that
+a constructor takes and the YAML does not list, and what cannot be composed is a UserError of one line.
+"""
 
 import os
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import hydra
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Glob, IntervalSweep, Override
+from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException, OverrideParseException
-from omegaconf import DictConfig, OmegaConf
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from ldm.config.check import takes
-from ldm.config.infer import fits
 from ldm.config.processes import agreed
 from ldm.errors import UserError, nearest
 
-CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+_ROOT = Path(__file__).resolve().parents[1]
+CONFIGS = next(path for path in (_ROOT.parent / "configs", _ROOT / "configs") if (path / "train.yaml").is_file())
+"""The shipped configurations: of the checkout, or inside the installed package."""
+
+OPEN = ("callbacks", "logger", "loss.auxiliary", "evaluation.sets", "data.mixed_with", "metric_options")
+"""Mappings whose keys are the user's: names of callbacks, loggers, losses, sets, sources, metrics."""
 QUOTED = r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\""
 
 
-def compose(config_name: str, overrides: list[str]) -> DictConfig:
-    """The configuration that the command `config_name` gets from these overrides; UserError for unknown ones."""
-    with suppress(HydraException, OmegaConfBaseException):
-        return _compose(config_name, overrides)
-    try:
-        return _compose(config_name, completed(config_name, overrides))
-    except (HydraException, OmegaConfBaseException) as error:
-        raise UserError(_explain(error, config_name, overrides)) from error
+def compose(config_name: str, overrides: Sequence[str]) -> DictConfig:
+    """The configuration of the command `config_name` under these overrides; UserError for what cannot be composed.
+
+    Within a command the search path is the command's, `--config-dir` and `hydra.searchpath` included.
+    """
+    with _initialized():
+        return hydra.compose(config_name, overrides=list(overrides))
 
 
-def parse(overrides: list[str]) -> list[Override]:
+def options(group: str) -> list[str]:
+    """The options of a config group, in the whole search path."""
+    with _initialized():
+        return cast(list[str], GlobalHydra.instance().config_loader().get_group_options(group))
+
+
+def load_option(group: str, name: str) -> DictConfig:
+    """One option of a group as it stands in its file, which has no defaults list; UserError for an unknown one."""
+    known = options(group)
+    if name not in known:
+        raise UserError(f"{group}={name}: there is no such {group}; {nearest(name, known)}")
+    with _initialized():
+        loader = cast(ConfigLoaderImpl, GlobalHydra.instance().config_loader())
+        found = loader.repository.load_config(f"{group}/{name}")
+    assert found is not None
+    if found.defaults_list:
+        raise UserError(f"{group}/{name}.yaml: an option of {group} cannot have a defaults list; write it out")
+    return cast(DictConfig, OmegaConf.create(OmegaConf.to_container(found.config)))
+
+
+@contextmanager
+def _initialized() -> Iterator[None]:
+    """Hydra as the running command has set it up, else over the shipped configurations."""
+    register_resolvers()
+    if GlobalHydra.instance().is_initialized():
+        yield
+        return
+    with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        yield
+
+
+# --------------------------------------------------------------------------------------------------- overrides
+
+
+def parse(overrides: Sequence[str]) -> list[Override]:
     """The overrides, parsed; UserError where one is not of the form name=value."""
     for text in overrides:
         if "=" not in text and not text.startswith("~"):
             raise UserError(f"{text!r}: expected name=value, for example experiment=quickstart")
     try:
-        return OverridesParser.create().parse_overrides(overrides)
+        return OverridesParser.create().parse_overrides(list(overrides))
     except OverrideParseException as error:
         raise UserError(f"an override can't be read: {_first_line(error)}") from error
 
 
 def quoted(text: str) -> str:
     """A text as an override's value that is taken letter by letter, commas, brackets and `${` as well."""
-    text = re.sub(r"(\\*)\$\{", lambda found: f"{found[1] * 2}\\${{", text)
-    ends = re.sub(r"(\\*)('|$)", lambda found: found[1] * 2 + ("\\'" if found[2] else ""), text)
+    text = re.sub(r"(\\*)\$\{", lambda match: f"{match[1] * 2}\\${{", text)
+    ends = re.sub(r"(\\*)('|$)", lambda match: match[1] * 2 + ("\\'" if match[2] else ""), text)
     return f"'{ends}'"
 
 
-def with_texts(overrides: list[str], knobs: Sequence[str]) -> list[str]:
-    """The overrides, with the values of these knobs taken as they stand, not as Hydra's grammar.
+def with_texts(overrides: Sequence[str], knobs: Sequence[str]) -> list[str]:
+    """The overrides, with the values of these knobs taken literally, not as Hydra's grammar.
 
-    Values in quotes of their own, empty ones and `null` keep their meaning.
+    A knob may end in `*` (`data.*.where`). Quoted values, empty ones and `null` keep their meaning.
     """
+    patterns = [re.compile(re.escape(knob).replace(r"\*", r"[\w.]+")) for knob in knobs]
     result = []
     for override in overrides:
         name, _, value = override.partition("=")
-        plain = name in knobs and value not in ("", "null") and not re.fullmatch(QUOTED, value)
+        text = any(pattern.fullmatch(name) for pattern in patterns)
+        plain = text and value not in ("", "null") and not re.fullmatch(QUOTED, value)
         result.append(f"{name}={quoted(value)}" if plain else override)
     return result
-
-
-def completed(config_name: str, overrides: list[str]) -> list[str]:
-    """The overrides, with Hydra's `++` before those that add an argument which a constructor takes.
-
-    So `optimizer.eps=1e-6` is accepted, and `curriculum.base.optimizer.lr=1e-4`, where the YAML does not list them.
-    """
-    try:
-        parsed = parse(overrides)
-        cfg = _compose(
-            config_name, [t for o, t in zip(parsed, first_of_sweeps(overrides), strict=True) if _is_group(o)]
-        )
-    except (UserError, HydraException, OmegaConfBaseException):
-        return overrides  # what is wrong is told when all of them are composed
-    known = set(names(cfg))
-    return [
-        f"++{text}" if _is_plain(o) and _may_be_added(cfg, known, o.key_or_group) else text
-        for o, text in zip(parsed, overrides, strict=True)
-    ]
-
-
-def _is_plain(override: Override) -> bool:
-    return not (override.is_add() or override.is_force_add() or override.is_delete())
-
-
-def _is_group(override: Override) -> bool:
-    return (CONFIGS / override.key_or_group).is_dir()
-
-
-def _may_be_added(cfg: DictConfig, known: set[str], name: str) -> bool:
-    """Whether a name that is not in the configuration is an argument of the constructor beside it."""
-    if name in known:
-        return False
-    room, _, rest = name.partition(".")
-    if rest and (CONFIGS / room).is_dir() and cfg.get(room) is None:  # shim: a knob under a null group
-        return True
-    if room == "curriculum":
-        stage, _, rest = rest.partition(".")
-        return stage in cfg.curriculum and (rest in known or _may_be_added(cfg, known, rest))
-    parent, _, last = name.rpartition(".")
-    node = OmegaConf.select(cfg, parent) if parent in known else None
-    return isinstance(node, DictConfig) and "_target_" in node and takes(str(node["_target_"]), last)
-
-
-def first_of_sweeps(overrides: list[str]) -> list[str]:
-    """The overrides with each sweep (`lr=1e-4,2e-4`, `lr=interval(1e-5,1e-3)`) replaced by its first value."""
-    return [
-        f"{o.get_key_element()}={_first_value(o)}" if o.is_sweep_override() else text
-        for o, text in zip(parse(overrides), overrides, strict=True)
-    ]
-
-
-def _first_value(sweep: Override) -> str:
-    value = sweep.value()
-    if isinstance(value, IntervalSweep):
-        return str(value.start)
-    if isinstance(value, Glob):
-        found = value.filter(sorted(file.stem for file in (CONFIGS / sweep.key_or_group).glob("*.yaml")))
-        if not found:
-            raise UserError(f"{sweep.input_line}: no {sweep.key_or_group} has such a name")
-        return found[0]
-    return next(iter(sweep.sweep_string_iterator()))
 
 
 def names(node: Any, prefix: str = "") -> Iterator[str]:
@@ -135,56 +119,224 @@ def names(node: Any, prefix: str = "") -> Iterator[str]:
             yield from names(node._get_node(name), f"{prefix}{name!s}.")
 
 
-def register_resolvers() -> None:
-    """Makes `${run_dir:...}`, `${sweep_dir:...}`, `${multiply:...}` and `${fits:...}` known to OmegaConf."""
-    OmegaConf.register_new_resolver("run_dir", lambda *given: agreed("run", _run_dir(*given)), replace=True)
-    OmegaConf.register_new_resolver("sweep_dir", lambda folder: agreed("sweep", folder), replace=True)
-    OmegaConf.register_new_resolver("multiply", lambda a, b: a * b, replace=True)
-    OmegaConf.register_new_resolver("fits", fits, replace=True)
+def interpolated(node: Any) -> set[str]:
+    """The first names of everything that a configuration refers to: "seed" of `${seed}`, "data" of `${data.size}`."""
+    texts = repr(OmegaConf.to_container(node, resolve=False))
+    return set(re.findall(r"\$\{(?:[\w]+:)?(\w+)", texts)) | set(re.findall(r"[,:]\$\{(\w+)", texts))
 
 
-def _compose(config_name: str, overrides: list[str]) -> DictConfig:
-    register_resolvers()
-    before = GlobalHydra.instance().hydra
-    GlobalHydra.instance().clear()
-    try:
-        with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
-            return hydra.compose(config_name, overrides=overrides)
-    finally:
-        GlobalHydra.instance().hydra = before
+# ---------------------------------------------------------------------------------------------- Hydra's loader
+
+_load_configuration = ConfigLoaderImpl.load_configuration
 
 
-def _explain(error: Exception, config_name: str, overrides: list[str]) -> str:
-    """What is wrong with the overrides, with the nearest names; Hydra's own first line where nothing fits."""
+def _load(
+    loader: ConfigLoaderImpl,
+    config_name: str | None,
+    overrides: list[str],
+    run_mode: RunMode,
+    from_shell: bool = True,
+    validate_sweep_overrides: bool = True,
+) -> DictConfig:
+    """Hydra's `load_configuration`; UserError of one line for what cannot be composed."""
     parsed = parse(overrides)
-    groups = {str(p.relative_to(CONFIGS)): p for p in CONFIGS.rglob("*") if p.is_dir()}
-    for override in parsed:
-        group = override.key_or_group.split("@")[0]
-        if group in groups:
-            options = [str(f.relative_to(groups[group]).with_suffix("")) for f in groups[group].rglob("*.yaml")]
-            given = str(override.value())
-            if given not in (*options, "null", "None"):
-                return f"{group}={given}: there is no such {group}; {nearest(given, options)}"
-    kept = [text for o, text in zip(parsed, overrides, strict=True) if o.key_or_group in groups]
     try:
-        known = {*names(_compose(config_name, kept)), *groups}
-    except (HydraException, OmegaConfBaseException):
-        return _first_line(error)
-    for override, text in zip(parsed, overrides, strict=True):
+        cfg = _load_configuration(loader, config_name, overrides, run_mode, from_shell, validate_sweep_overrides)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(_explain(loader, parsed, error)) from error
+    if config_name is None:
+        return cfg
+    if run_mode is RunMode.MULTIRUN:
+        _name_jobs_by_sweep(cfg, parsed)
+        for override in parsed:
+            if override.is_sweep_override() and not loader.repository.group_exists(override.key_or_group):
+                _require_knob(cfg, override)
+    _drop_replaced_knobs(cfg, loader)
+    _require_distinct_names(cfg, loader)
+    _require_no_idle_root_key(cfg, config_name)
+    return cfg
+
+
+def _apply(overrides: list[Override], cfg: DictConfig) -> None:
+    """Hydra's `_apply_overrides_to_config`, for names that exist or that the constructor beside them takes."""
+    for override in sorted(overrides, key=lambda override: not override.key_or_group.endswith("._target_")):
         name = override.key_or_group
-        if not text.startswith(("+", "hydra.")) and name not in known:
-            return f"{name}: there is no such knob; {_nearest_knob(name, known)}"
-    return _first_line(error)
+        if override.package is not None:
+            groups = [path.name for path in CONFIGS.iterdir() if path.is_dir()]
+            raise UserError(f"{override.input_line}: there is no config group {name!r}; {nearest(name, groups)}")
+        if name.split(".")[0] == "hydra" or override.is_delete():
+            _apply_overrides([override], cfg)
+            continue
+        _require_knob(cfg, override)
+        value = override.value()
+        node = _node(cfg, name)
+        if isinstance(node, DictConfig) and not node._is_none() and not node._is_interpolation() and value is not None and not isinstance(value, dict):
+            inside = ", ".join(f"{name}.{key}" for key in list(node)[:4])
+            raise UserError(f"{name}={value}: {name} has knobs of its own ({inside}); give one of them, or {name}=null")
+        with open_dict(cfg):
+            OmegaConf.update(cfg, name, value, merge=True, force_add=True)
+
+
+_apply_overrides = ConfigLoaderImpl._apply_overrides_to_config
+ConfigLoaderImpl.load_configuration = _load  # type: ignore[method-assign]
+ConfigLoaderImpl._apply_overrides_to_config = staticmethod(_apply)  # type: ignore[method-assign, assignment]
+
+
+def _node(cfg: DictConfig, name: str) -> Any:
+    """The node with a dotted name, its interpolations as they are; None where there is none."""
+    node: Any = cfg
+    for part in name.split("."):
+        if not isinstance(node, DictConfig) or node._is_none() or node._is_interpolation() or part not in node._content:
+            return None
+        node = node._get_node(part)
+    return node
+
+
+def _require_knob(cfg: DictConfig, override: Override) -> None:
+    """UserError for a name that is not in the configuration and that no constructor takes."""
+    name, known = override.key_or_group, set(names(cfg))
+    if name in known or _may_be_added(cfg, known, name):
+        return
+    groups = [str(path.relative_to(CONFIGS)) for path in CONFIGS.rglob("*") if path.is_dir()]
+    known = {knob for knob in known if knob.split(".")[0] != "hydra" and "._" not in knob} | set(groups)
+    raise UserError(f"{name}: there is no such knob; {_nearest_knob(name, known)}")
+
+
+def _may_be_added(cfg: DictConfig, known: set[str], name: str) -> bool:
+    """Whether a name that the YAML does not list has an effect all the same."""
+    room, _, rest = name.partition(".")
+    if room == "curriculum":
+        stage, _, rest = rest.partition(".")
+        return stage in cfg.curriculum and (rest in known or _may_be_added(cfg, known, rest))
+    parent, _, last = name.rpartition(".")
+    if any(parent == path or parent.startswith(f"{path}.") for path in OPEN):
+        return True
+    if parent and room not in known and (CONFIGS / room).is_dir():
+        return True  # a group at null: the knob changes what a stage or a model brings, and is checked there
+    node = _node(cfg, parent) if parent else None
+    return isinstance(node, DictConfig) and "_target_" in node and takes(str(node["_target_"]), last)
+
+
+def _require_no_idle_root_key(cfg: DictConfig, config_name: str) -> None:
+    """UserError for a key at the top of a configuration that neither the command nor an interpolation reads."""
+    shipped = OmegaConf.load(CONFIGS / f"{config_name}.yaml")
+    groups = {path.name for path in CONFIGS.iterdir() if path.is_dir()}
+    for name in map(str, cfg):
+        if name not in shipped and name not in groups and name != "hydra" and name not in interpolated(cfg):
+            known = {str(key) for key in shipped if key not in ("defaults", "hydra")} | groups
+            raise UserError(f"{name}: nothing reads this key; {nearest(name, known)}")
+
+
+def _drop_replaced_knobs(cfg: DictConfig, loader: ConfigLoaderImpl) -> None:
+    """Removes what a shipped option says of one class from a node whose `_target_` is now another one.
+
+    So `network: {_target_: mine.DiT, width: 64}` in an experiment needs no list of what a UNet's options were, and
+    variant=tiny shrinks a UNet alone. A value that the user gave stays, and is checked.
+    """
+    choices = cfg.hydra.runtime.choices
+    variant = _option(loader, f"variant/{choices.get('variant')}") if choices.get("variant") else OmegaConf.create()
+    for group, choice in choices.items():
+        node = cfg.get(group) if group in cfg else None
+        if isinstance(node, DictConfig) and isinstance(choice, str) and "_target_" in node:
+            option = _option(loader, f"{group}/{choice}")
+            if option.get("_target_") != node["_target_"]:
+                _drop(node, [option, variant.get(group) or {}])
+
+
+def _drop(node: DictConfig, sources: Sequence[Any]) -> None:
+    target, raw = str(node["_target_"]), OmegaConf.to_container(node, resolve=False)
+    assert isinstance(raw, dict)
+    for name, value in raw.items():
+        shipped = any(name in source and source._get_node(name) == node._get_node(name) for source in sources if source)
+        if shipped and not str(name).startswith("_") and not takes(target, str(name)):
+            with open_dict(node):
+                del node[name]
+
+
+def _require_distinct_names(cfg: DictConfig, loader: ConfigLoaderImpl) -> None:
+    """UserError where two files of callbacks, or of loggers, define one name: one would be laid over the other."""
+    for group in ("callbacks", "logger"):
+        choice = cfg.hydra.runtime.choices.get(group)
+        chosen = list(choice) if OmegaConf.is_list(choice) else [choice]
+        defined: dict[str, str] = {}
+        for path, content in dict(file for name in chosen if name for file in _files(loader, f"{group}/{name}")).items():
+            for name in content:
+                if str(name) in defined:
+                    raise UserError(
+                        f"{group}.{name}: both {defined[str(name)]}.yaml and {path}.yaml define it; give one another name"
+                    )
+                defined[str(name)] = path
+
+
+def _option(loader: ConfigLoaderImpl, path: str) -> DictConfig:
+    """An option's file with those that it builds on."""
+    return cast(DictConfig, OmegaConf.merge({}, *(content for _, content in _files(loader, path))))
+
+
+def _files(loader: ConfigLoaderImpl, path: str) -> Iterator[tuple[str, DictConfig]]:
+    """An option's file and those of its group that it builds on, these first, by path."""
+    found = loader.repository.load_config(path)
+    if found is None:
+        return
+    for entry in found.defaults_list or []:
+        name = entry.get_name() if hasattr(entry, "get_name") else None
+        if name and name != "_self_" and type(entry).__name__ == "ConfigDefault":
+            yield from _files(loader, f"{path.rpartition('/')[0]}/{name}")
+    yield path, cast(DictConfig, OmegaConf.create(OmegaConf.to_container(found.config)))
+
+
+def _name_jobs_by_sweep(cfg: DictConfig, overrides: Iterable[Override]) -> None:
+    """Names the folders of a sweep by what is swept alone; each job gets the setting as an override of Hydra's."""
+    swept = {override.key_or_group for override in overrides if override.is_sweep_override()}
+    swept |= set(cfg.hydra.sweeper.get("params") or {})
+    constant = [o.get_key_element() for o in overrides if o.key_or_group not in swept and not o.is_hydra_override()]
+    if constant:
+        keys = ",".join(f"'{key}'" for key in dict.fromkeys(constant))
+        cfg.hydra.overrides.hydra.append(f"hydra.job.config.override_dirname.exclude_keys=[{keys}]")
+
+
+def _explain(loader: ConfigLoaderImpl, overrides: Sequence[Override], error: Exception) -> str:
+    """What is wrong, with the nearest names; Hydra's own first line where it is not a name."""
+    repository = loader.repository
+    for override in overrides:
+        group = override.key_or_group
+        if override.is_sweep_override() or not repository.group_exists(group):
+            continue
+        if override.package is not None and not override.is_add():
+            return f"{override.input_line}: nothing is selected there; give {group}={override.value()}"
+        choices = override.value() if isinstance(override.value(), list) else [override.value()]
+        known = loader.get_group_options(group)
+        for choice in choices:
+            if choice is not None and str(choice) not in known and not repository.config_exists(f"{group}/{choice}"):
+                folders = [source.path for source in repository.get_sources() if source.provider != "hydra"]
+                where = ", ".join(folder for folder in folders if folder)
+                return f"{group}={choice}: there is no such {group}; {nearest(str(choice), known)} (looked in {where})"
+    return _first_line(error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error)
 
 
 def _nearest_knob(name: str, known: set[str]) -> str:
-    """The nearest names, those with the same last part first."""
-    same = [k for k in known if k.split(".")[-1] == name.split(".")[-1]]
-    return nearest(name, same or known)
+    """The nearest names: those that end alike first (`callbacks.ema.decay` for `ema.decay`), else any."""
+    top = {knob for knob in known if "." not in knob}
+    last = name.split(".")[-1]
+    ends_alike = [knob for knob in known if f".{knob}".endswith(f".{name}")]
+    same_last = [knob for knob in known if knob.split(".")[-1] == last]
+    if ends_alike or same_last:
+        return nearest(name, ends_alike or same_last, always=True)
+    return nearest(name, known if "." in name else top)
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
     return str(error).strip().split("\n")[0]
+
+
+# ------------------------------------------------------------------------------------------------- run folders
+
+
+def register_resolvers() -> None:
+    """Makes `${run_dir:...}`, `${sweep_dir:...}` and `${multiply:...}` known to OmegaConf."""
+    OmegaConf.register_new_resolver("run_dir", lambda *given: agreed("run", _run_dir(*given)), replace=True)
+    OmegaConf.register_new_resolver("sweep_dir", lambda folder: agreed("sweep", folder), replace=True)
+    OmegaConf.register_new_resolver("multiply", lambda a, b: a * b, replace=True)
 
 
 def _run_dir(root: str, name: str, time: str, resume: str | None) -> str:

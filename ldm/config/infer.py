@@ -1,117 +1,100 @@
-"""What the parts of a model have to agree on, read from their configuration before any of them is built."""
+"""Widths that follow from other parts of a model: a network's `auto` channels, and whether the parts fit."""
 
 from collections.abc import Collection
-from typing import Any
+from typing import Any, cast
 
 import torch
-from hydra.errors import InstantiationException
-from omegaconf import DictConfig
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import DictConfig, OmegaConf
 
-from ldm.conditioning.compose import Compose
 from ldm.conditioning.condition import Widths
-from ldm.conditioning.text import Conditioner
-from ldm.config.check import build, locate
+from ldm.conditioning.conditioner import Conditioner
+from ldm.config.check import build
 from ldm.data.loading.fetch import View
 from ldm.errors import UserError
-from ldm.first_stage.regularizer import Regularizer
+from ldm.first_stage.autoencoder import FirstStage
 from ldm.latent_diffusion import check_latents, check_widths
-from ldm.networks.unet import UNet
+
+AUTO = "auto"
+_widths: dict[str, tuple[Widths, bool, bool, str]] = {}  # of conditioners that were built, by their configuration
 
 
-def fits(what: str, _root_: DictConfig) -> Any:
-    """The value of `${fits:WHAT}`: that of an argument which depends on another part of the model.
+def fill_widths(config: DictConfig) -> None:
+    """Puts the numbers in place of a network's `auto` widths, as the first stage and the conditioner give them.
 
-    Of a network: in_channels, out_channels, context_dim, vector_dim, as the first stage and the conditioner give
-    them (None where it cannot be known before the conditioner is built). Of a first stage's loss: regularizer_weight,
-    sum_values, as its regularizer's models were trained. `factor`: how many times smaller the first stage's latents are.
+    in_channels   the latents' channels, and those that the conditioner puts next to them
+    out_channels  the latents' channels
+    context_dim   the width of the tokens, None for none
+    vector_dim    the width of the vector condition, None for none
     """
-    first_stage = _root_.first_stage
-    if what in ("regularizer_weight", "sum_values"):
-        regularizer = locate(str(first_stage.regularizer._target_))
-        own = regularizer if isinstance(regularizer, type) and issubclass(regularizer, Regularizer) else Regularizer
-        return own.loss_weight if what == "regularizer_weight" else own.sums_values
-    if what == "factor":
-        return 2 ** (len(first_stage.encoder.channel_mult) - 1)
-    latents = int(first_stage.latent_channels)
-    if what == "out_channels":
-        return latents
-    widths = planned_widths(_root_.conditioner, latents) or Widths()
-    found = {
-        "in_channels": latents + widths.concat,
+    network = config.get("network")
+    if not isinstance(network, DictConfig) or AUTO not in [network[name] for name in network if name in FILLED]:
+        return
+    channels = int(config.first_stage.latent_channels)
+    widths = conditioner_facts(config)[0]
+    values = {
+        "in_channels": channels + widths.concat,
+        "out_channels": channels,
         "context_dim": widths.tokens or None,
         "vector_dim": widths.vector or None,
     }
-    return found[what]
+    for name, value in values.items():
+        if network.get(name) == AUTO:
+            network[name] = value
 
 
-def planned_widths(node: DictConfig, latent_channels: int) -> Widths | None:
-    """The widths of the conditions that a conditioner's configuration will give; None where it does not tell."""
-    try:
-        target = locate(str(node["_target_"]))
-        if not (isinstance(target, type) and issubclass(target, Conditioner)):
-            return None
-        if not issubclass(target, Compose):
-            return target.planned(node, latent_channels)
-        parts = [planned_widths(part, latent_channels) for part in node["conditioners"]]
-    except (KeyError, TypeError, UserError, OmegaConfBaseException):  # `check` will say what is wrong with it
-        return None
-    known = [part for part in parts if part is not None]
-    return Widths(*map(sum, zip(*known, strict=True))) if known and len(known) == len(parts) else None
+FILLED = ("in_channels", "out_channels", "context_dim", "vector_dim")
 
 
-def check_fits(config: DictConfig, stages: Collection[str]) -> None:
+def conditioner_facts(config: DictConfig) -> tuple[Widths, bool, bool, str]:
+    """(widths, needs_image, sees_mask, class name) of the conditioner that a configuration describes.
+
+    It is built for it, once for each configuration, so that a custom one needs no second description, and an
+    encoder that is not available is reported before anything trains. Random numbers are drawn as if it were not.
+    """
+    channels = int(config.first_stage.latent_channels)
+    key = f"{channels} {OmegaConf.to_yaml(config.conditioner, resolve=True)}"
+    if key not in _widths:
+        with torch.random.fork_rng(devices=()):
+            conditioner = cast(Conditioner, build(config.conditioner, "conditioner"))
+        name = type(conditioner).__name__
+        _widths[key] = (conditioner.widths(channels), conditioner.needs_image, conditioner.sees_mask, name)
+    return _widths[key]
+
+
+def check_fit(config: DictConfig, stages: Collection[str]) -> None:
     """Raises UserError where a stage's parts do not fit: sizes, levels, heads, and the widths they give each other.
 
-    They are built without memory for it. `stages` are those that a first stage may come from; what cannot be known
-    beforehand (another model's latents, an encoder that is not at hand) is compared when the parts are built.
+    First stage and network are built without memory for it. `stages` are those that a first stage may come from; the
+    latents of another model are compared when the parts are loaded.
     """
-    first_stage, network = (_without_memory(config[part], part) for part in ("first_stage", "network"))
-    own = config.first_stage_from is None or config.first_stage_from in stages or config.task == "first_stage"
-    if own and config.data.buckets is None:
+    first_stage = cast(FirstStage, _on_meta(config.first_stage, "first_stage"))
+    configured = config.first_stage_from is None or config.first_stage_from in stages
+    if configured and config.data.get("buckets") is None:
         first_stage.check_size(*View.of(config.data.size).size)
-    if config.task == "first_stage" or not isinstance(network, UNet):
+    if not refers_to(config, "network"):
         return
-    _check_pictures(config)
-    widths = planned_widths(config.conditioner, first_stage.latent_channels)
-    if widths is None:
-        return
-    if own:
+    network = _on_meta(config.network, "network")
+    widths, needs_image, sees_mask, name = conditioner_facts(config)
+    if needs_image and config.latents is not None:
+        raise UserError(
+            f"latents={config.latents}: the conditioner ({name}) is shown the pictures themselves, which cached latents "
+            "do not have; train from pictures (latents=null)"
+        )
+    if needs_image and not sees_mask and config.callbacks.get("images") is not None:
+        raise UserError(
+            f"callbacks.images: the conditioner ({name}) makes nothing of a prompt alone, so there are no sample "
+            "images; give callbacks.images=null"
+        )
+    if configured:
         check_latents(network, first_stage.latent_channels, widths)
     check_widths(network, widths)
 
 
-def _check_pictures(config: DictConfig) -> None:
-    """Raises UserError where a conditioner is to see pictures, and the stage's batches or sheets have none."""
-    shown = [part for part in _classes(config.conditioner) if part.needs_image]
-    if shown and config.latents is not None:
-        raise UserError(
-            f"latents={config.latents}: the conditioner ({shown[0].__name__}) is shown the pictures themselves, which "
-            "cached latents do not have; train from pictures (latents=null)"
-        )
-    if any(not part.sees_mask for part in shown) and config.samples.every_n_steps is not None:
-        raise UserError(
-            f"samples.every_n_steps={config.samples.every_n_steps}: the conditioner ({shown[0].__name__}) makes "
-            "nothing of a prompt alone, so there are no sheets of samples; give samples.every_n_steps=null"
-        )
+def refers_to(config: DictConfig, part: str) -> bool:
+    """Whether a stage's task takes this part of the configuration (`${network}`)."""
+    return f"${{{part}}}" in repr(OmegaConf.to_container(config.task, resolve=False))
 
 
-def _classes(node: DictConfig) -> list[type[Conditioner]]:
-    """The conditioners that a configuration names, those of a composition one by one."""
-    target = locate(str(node._target_))
-    if not (isinstance(target, type) and issubclass(target, Conditioner)):
-        return []
-    if not issubclass(target, Compose):
-        return [target]
-    return [found for part in node.conditioners for found in _classes(part)]
-
-
-def _without_memory(node: DictConfig, path: str) -> Any:
-    """The object that a configuration describes, on the meta device; UserError where its constructor refuses."""
-    try:
-        with torch.device("meta"):
-            return build(node, path)
-    except InstantiationException as error:
-        if isinstance(error.__cause__, UserError):
-            raise error.__cause__ from None
-        raise
+def _on_meta(node: DictConfig, path: str) -> Any:
+    with torch.device("meta"):
+        return build(node, path)

@@ -6,25 +6,24 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
-import torch.distributed as dist
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from lightning_fabric.plugins.environments.cluster_environment import ClusterEnvironment
-from lightning_fabric.plugins.environments.slurm import SLURMEnvironment
-from lightning_fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from omegaconf import DictConfig, read_write
-from torch._C._distributed_c10d import TCPStore
 
 from ldm.errors import UserError
+
+if TYPE_CHECKING:  # loaded by the ranks of a launch alone, which load them anyway
+    from lightning_fabric.plugins.environments.cluster_environment import ClusterEnvironment
+    from torch._C._distributed_c10d import TCPStore
 
 LAUNCHER = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "WORLD_SIZE")  # that Lightning sets
 PORT_DISTANCE = 10000  # from MASTER_PORT: Lightning gives SLURM's jobs neighbouring ports
 WAIT_S = 300.0
 
 _agreed: dict[str, str] = {}
-_stores: list[TCPStore] = []
+_stores: "list[TCPStore]" = []
 
 
 def agreed(name: str, value: str) -> str:
@@ -46,8 +45,13 @@ def launched() -> tuple[int, int, int]:
     return (0, 1, 0) if cluster is None else (cluster.global_rank(), cluster.world_size(), cluster.local_rank())
 
 
-def _cluster() -> ClusterEnvironment | None:
+def _cluster() -> "ClusterEnvironment | None":
     """What started this process, where it started others as well."""
+    if not {"TORCHELASTIC_RUN_ID", "SLURM_PROCID"} & os.environ.keys():
+        return None
+    from lightning_fabric.plugins.environments.slurm import SLURMEnvironment
+    from lightning_fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+
     if TorchElasticEnvironment.detect():
         cluster: ClusterEnvironment = TorchElasticEnvironment()
     elif "SLURM_PROCID" in os.environ and SLURMEnvironment.detect():
@@ -57,7 +61,7 @@ def _cluster() -> ClusterEnvironment | None:
     return cluster if cluster.world_size() > 1 else None
 
 
-def _exchange(cluster: ClusterEnvironment, name: str, value: str) -> str:
+def _exchange(cluster: "ClusterEnvironment", name: str, value: str) -> str:
     key = f"ldm {name} {os.environ.get('TORCHELASTIC_RESTART_COUNT', '')}"
     try:
         store = _store(cluster)
@@ -79,9 +83,11 @@ def _exchange(cluster: ClusterEnvironment, name: str, value: str) -> str:
         ) from error
 
 
-def _store(cluster: ClusterEnvironment) -> TCPStore:
+def _store(cluster: "ClusterEnvironment") -> "TCPStore":
     """The store of this launch, one for all names: torchrun's, or else rank 0's, which lives as long as that does."""
     if not _stores:
+        from torch._C._distributed_c10d import TCPStore
+
         elastic = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         port = cluster.main_port
         if not elastic:
@@ -110,6 +116,8 @@ def job_processes() -> Iterator[None]:
     finally:
         sys.argv = argv
         if before["LOCAL_RANK"] is None and "LOCAL_RANK" in os.environ:
+            import torch.distributed as dist
+
             if dist.is_available() and dist.is_initialized():
                 dist.destroy_process_group()
             for name, value in before.items():

@@ -98,7 +98,7 @@ def _first_stage_folder(path: Path) -> ModelFolder:
 
 def _predicted(config: DictConfig) -> str:
     """The class's name of the prediction in a second stage's configuration."""
-    return str(config.tasks.diffusion.latent_diffusion.denoiser.prediction._target_).rsplit(".", 1)[-1]
+    return str(config.prediction._target_).rsplit(".", 1)[-1]
 
 
 # ------------------------------------------------------------------------------------------------- first stage
@@ -106,11 +106,10 @@ def _predicted(config: DictConfig) -> str:
 
 def inherit_first_stage(config: DictConfig, models: Mapping[str, Path]) -> Weights | None:
     """Takes the first stage's architecture from the model that it will be loaded from."""
-    if config.first_stage_from is None or config.task == "first_stage":
+    if config.first_stage_from is None:
         return None
     source = _first_stage_of(config, models)
     config.first_stage = OmegaConf.create(source.first_stage)
-    config.tasks.diffusion.latent_diffusion.first_stage = config.first_stage
     return source
 
 
@@ -170,7 +169,7 @@ def load_weights(
     if config.init_from is None:
         return
     source = weights_of(config.init_from, models, "init_from", module.kind)
-    if config.task == "first_stage":
+    if module.kind == "first_stage":
         load_strictly(model, source.state, source.origin)
         return
     if _takes(config, "network"):
@@ -192,7 +191,7 @@ def _check_parts(config: DictConfig) -> None:
     if config.init_parts is None:
         return
     parts, given = list(config.init_parts), config.first_stage_from
-    if config.init_from is None or config.task == "first_stage":
+    if config.init_from is None:
         raise UserError(f"init_parts={parts}: these are the parts that a second stage takes from init_from")
     for name in parts:
         if str(name).split(".")[0] not in PARTS:

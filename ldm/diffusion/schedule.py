@@ -36,7 +36,7 @@ class Level(NamedTuple):
 
 def broadcast(value: Tensor, x: Tensor) -> Tensor:
     """`value` [B] (or a scalar) in x's dtype and device, shaped [B, 1, ...] to x's number of dimensions."""
-    value = value.to(device=x.device, dtype=x.dtype)
+    value = value.to(device=x.device, dtype=x.dtype, non_blocking=True)  # from the CPU without waiting for the GPU
     return value.view(-1, *([1] * (x.ndim - 1))) if value.ndim else value
 
 

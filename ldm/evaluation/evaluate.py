@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -10,21 +11,25 @@ from tqdm import tqdm
 
 from ldm.data.loading.fetch import Fetcher, View
 from ldm.data.shards.index import load_manifest
+from ldm.data.shards.picture import BadSample
 from ldm.data.shards.shards import Shards
+from ldm.errors import UserError
 from ldm.evaluation.features import Features, reference_features
-from ldm.evaluation.measures import Batch, Measure
+from ldm.evaluation.metric import Batch, Metric
 from ldm.evaluation.protocol import Protocol, Result, Value, digest
 from ldm.evaluation.reconstruction import psnr
 from ldm.generation import Generator, Request, SamplingSettings
 
 BATCH = 32
 EXAMPLES = 32
+T = TypeVar("T")
 
 
 class ReferenceSet:
-    """The first n pictures of some shards at the evaluated size, and their captions; the captions are the prompts.
+    """The first n pictures of some shards at the evaluated size, and their captions, which are the prompts.
 
-    Their features are kept in the folder `cache` (None: not).
+    Their features are kept in the folder `cache` (None: not). UserError for a picture or a caption that cannot be used:
+    a substitute would be measured with another caption.
     """
 
     def __init__(
@@ -36,22 +41,32 @@ class ReferenceSet:
         self.n = min(n, len(manifest))
         self.fingerprint = f"{manifest.fingerprint}, first {self.n}, {size[0]}x{size[1]} centre crop"
         self._fetcher = Fetcher(manifest, View.of(size))
-        self.captions = [self._fetcher.caption(index) for index in range(self.n)]
+        self.captions = [self._usable(self._fetcher.caption, index) for index in range(self.n)]
         self._cache = cache
         self._features: dict[str, Tensor] = {}
 
     def __iter__(self) -> Iterator[Tensor]:
         """The pictures, [B, 3, H, W] in [0, 1]."""
         for first in range(0, self.n, BATCH):
-            found = [self._fetcher.fetch_or_substitute(index)[0] for index in range(first, min(first + BATCH, self.n))]
-            yield torch.stack([sample.image for sample in found]) * 0.5 + 0.5
+            indices = range(first, min(first + BATCH, self.n))
+            yield torch.stack([self._usable(self._fetcher, index).image for index in indices]) * 0.5 + 0.5
 
     def features(self, network: Features) -> Tensor:
-        """The features [n, D] of the pictures, extracted once for each network."""
+        """The features [n, D] of the pictures on the CPU, extracted once for each network."""
         if network.description not in self._features:
-            found = reference_features(self, network, self._cache, self.fingerprint)
-            self._features[network.description] = found
+            features = reference_features(self, network, self._cache, self.fingerprint)
+            self._features[network.description] = features
         return self._features[network.description]
+
+    def _usable(self, fetch: Callable[[int], T], index: int) -> T:
+        """What `fetch` gives for a sample; UserError that names the sample where it cannot be used."""
+        try:
+            return fetch(index)
+        except BadSample as error:
+            where = f"{self._fetcher.manifest.key(index)} in {self._fetcher.manifest.shard_of(index)}"
+            raise UserError(
+                f"{self.name}: {where} cannot be evaluated on ({error}); repack the set without it"
+            ) from error
 
 
 @dataclass(frozen=True)
@@ -70,14 +85,14 @@ class Evaluation:
     """What is evaluated and how; `run` yields a row for each set and source.
 
     generator        the model
-    measures         what is measured
+    metrics          what is measured
     settings         the sampling settings at a guidance scale
     protocol         what the results have in common; the rest is filled in for each row
     seed             image i of a set has seed + i
     """
 
     generator: Generator
-    measures: Sequence[Measure]
+    metrics: Sequence[Metric]
     settings: Callable[[float], SamplingSettings]
     protocol: Protocol
     seed: int = 0
@@ -87,7 +102,7 @@ class Evaluation:
     def run(self, sets: Sequence[ReferenceSet], scales: Sequence[float]) -> Iterator[Row]:
         """Rows for the sets: the pictures themselves, their reconstructions, samples at each scale."""
         for reference in sets:
-            yield self._row(reference, "pictures", reference, {}, others=False)
+            yield self._row(reference, "pictures", reference, {}, compared=False)
             yield self._reconstructions(reference)
             for scale in scales:
                 yield self.samples(reference, scale)
@@ -134,36 +149,49 @@ class Evaluation:
         self,
         reference: ReferenceSet,
         source: str,
-        batches: "ReferenceSet | Iterator[Tensor]",
+        batches: ReferenceSet | Iterator[Tensor],
         facts: Mapping[str, float],
-        others: bool = True,
+        compared: bool = True,
     ) -> Row:
-        measures = [measure for measure in self.measures if others or not measure.needs_reference]
-        for measure in measures:
-            measure.begin(reference)
+        """The row of a source; `compared` with the reference, or without the metrics that need one."""
+        metrics = [metric for metric in self.metrics if compared or not metric.needs_reference]
+        descriptions = _joined([metric.descriptions() for metric in metrics])
+        for metric in metrics:
+            metric.reset()
+            if metric.needs_reference:
+                metric.set_reference(reference)
         position, examples = 0, []
         for images in batches:
             examples += list(images[: max(0, EXAMPLES - position)])
-            batch = Batch(images, reference.captions[position : position + len(images)], position)
+            captions = reference.captions[position : position + len(images)]
+            batch = Batch(images, captions, torch.arange(position, position + len(images)))
             position += len(images)
-            for measure in measures:
-                measure.update(batch)
-        values = {name: value for measure in measures for name, value in measure.values().items()}
+            for metric in metrics:
+                metric.update(batch)
         protocol = replace(
             self.protocol,
             task={"samples": "text_to_image"}.get(source, source),
             reference=reference.fingerprint,
             prompts=digest(reference.captions),
-            metrics={name: told for measure in measures for name, told in measure.descriptions().items()},
+            metrics=descriptions,
             n_images=reference.n,
             **facts,  # type: ignore[arg-type]
         )
-        captions = reference.captions[: len(examples)]
-        return Row(reference.name, source, Result(protocol, values), captions, torch.stack(examples))
+        result = Result(protocol, _joined([metric.compute() for metric in metrics]))
+        return Row(reference.name, source, result, reference.captions[: len(examples)], torch.stack(examples))
+
+
+def _joined(parts: Sequence[Mapping[str, T]]) -> dict[str, T]:
+    """One mapping of all; UserError where two metrics use the same name, of which one value would be lost."""
+    names = [name for part in parts for name in part]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise UserError(f"two metrics have the name {twice[0]}: measure them one at a time, or rename one of them")
+    return {name: value for part in parts for name, value in part.items()}
 
 
 def _batches(images: Iterator[Tensor]) -> Iterator[list[Tensor]]:
-    """The images in lists of BATCH."""
+    """The images in lists of BATCH, the last one shorter."""
     batch: list[Tensor] = []
     for image in images:
         batch.append(image)

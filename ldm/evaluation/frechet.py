@@ -6,17 +6,19 @@ factors, `tr sqrt(A A' B B') = ||A' B||_*`: real, and exact also where there are
 where `scipy.linalg.sqrtm` turns complex or is off by 1e-5.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Self
 
 import torch
-from scipy.stats import t as student
 from torch import Tensor
-from torchmetrics import Metric
 
 from ldm.errors import UserError
-from ldm.evaluation.interval import Interval
+from ldm.evaluation.features import Features, check_features
+from ldm.evaluation.interval import jackknife
+from ldm.evaluation.metric import Batch, Metric, Reference
+from ldm.evaluation.protocol import Value
 
 CHUNK = 4096  # feature vectors that are float64 at a time
 
@@ -60,12 +62,6 @@ class Statistics:
         return factor
 
 
-def check_features(features: Tensor, dim: int) -> None:
-    """UserError where features are not [B, dim]: they are another network's than the reference's."""
-    if features.ndim != 2 or features.shape[1] != dim:
-        raise UserError(f"the reference has {dim} features, these are {list(features.shape)}: of another network?")
-
-
 def frechet_distance(a: Statistics, b: Statistics) -> float:
     """The squared Frechet (2-Wasserstein) distance of two Gaussians (Dowson and Landau 1982)."""
     return _distance(a, b, float(torch.linalg.svdvals(a.factor.T @ b.factor).sum()))
@@ -84,78 +80,62 @@ def _distance_without_svd(a: Statistics, b: Statistics) -> float:
 
 
 class FrechetDistance(Metric):
-    """The Frechet distance of the features seen so far from a reference.
+    """The Frechet distance between pictures and reference pictures in feature space; "FID" over FID's Inception.
 
-    The state is the count, sum and sum of outer products of the features in each of `groups` groups, so it
-    adds up over batches and processes. An image's group is its index modulo `groups`. `interval` leaves out
-    one group at a time (delete-a-group jackknife, Kott 2001): it is how far the number would move with other
-    seeds, for this N and this reference. The distance's upward bias at small N is in every value and is not
-    corrected: compare at equal N.
+    The state is the count, sum and sum of outer products of the features in each of `groups` groups, so it adds up
+    over batches and processes. A picture's group is its index modulo `groups`. The interval leaves out one group at a
+    time: it is how far the number would move with other seeds, for this N and this reference. The distance's upward
+    bias at small N is in every value and is not corrected: compare at equal N.
     """
 
-    is_differentiable = False
     higher_is_better = False
-    full_state_update = False
+    needs_reference = True
 
+    reference: Statistics
     count: Tensor
     total: Tensor
     outer: Tensor
 
-    def __init__(self, reference: Statistics, groups: int = 10) -> None:
+    def __init__(self, features: Features, groups: int = 10) -> None:
         super().__init__()
         if groups < 2:
             raise UserError(f"groups={groups}: the interval leaves out one group at a time, give 2 or more")
-        self.reference, self.groups = reference, groups
-        dim = len(reference.mean)
-        self.add_state("count", torch.zeros(groups, dtype=torch.int64), dist_reduce_fx="sum")
-        self.add_state("total", torch.zeros(groups, dim, dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("outer", torch.zeros(groups, dim, dim, dtype=torch.float64), dist_reduce_fx="sum")
+        self.features, self.groups = features, groups
+        self._source: Reference | None = None
 
-    def update(self, features: Tensor, indices: Tensor | None = None) -> None:
-        """Adds features [B, D] of images with their indices [B] in the whole set.
+    def set_reference(self, reference: Reference) -> None:
+        if reference is not self._source:
+            self.reference = Statistics.of(reference.features(self.features).to(self.features.device))
+            self._source = reference
+            dim, device = len(self.reference.mean), self.reference.mean.device
+            zeros = partial(torch.zeros, dtype=torch.float64, device=device)
+            self.add_state("count", torch.zeros(self.groups, dtype=torch.int64, device=device), dist_reduce_fx="sum")
+            self.add_state("total", zeros(self.groups, dim), dist_reduce_fx="sum")
+            self.add_state("outer", zeros(self.groups, dim, dim), dist_reduce_fx="sum")
+        self.reset()
 
-        Without indices the images are numbered as they come, which is enough in one process; the distance
-        itself does not depend on them, only the interval does.
-        """
+    def update(self, batch: Batch) -> None:
+        features = batch.features(self.features)
         check_features(features, len(self.reference.mean))
         features = features.to(self.total)
-        if indices is None:
-            start = int(self.count.sum())
-            indices = torch.arange(start, start + len(features))
-        group = indices.to(features.device) % self.groups
+        group = batch.indices.to(features.device) % self.groups
         for g in set(group.tolist()):
             part = features[group == g]
             self.count[g] += len(part)
             self.total[g] += part.sum(0)
             self.outer[g] += part.T @ part
 
-    def compute(self) -> Tensor:
-        """The distance, a float64 scalar."""
-        return torch.tensor(frechet_distance(self._without(None), self._reference()), dtype=torch.float64)
-
-    def interval(self, confidence: float = 0.95) -> Interval:
-        """The confidence interval around `compute()`; after a distributed run, within `sync_context()`."""
-        return self.estimate(confidence)[1]
-
-    def estimate(self, confidence: float = 0.95) -> tuple[float, Interval]:
-        """The value of `compute()` and its interval, from the distances without each group."""
+    def compute(self) -> dict[str, Value]:
         held = [g for g in range(self.groups) if self.count[g] > 0]
         if len(held) < 2:
             raise UserError(f"an interval needs images in 2 groups at least, there are {len(held)}")
-        reference = self._reference()
-        without = torch.tensor([_distance_without_svd(self._without(g), reference) for g in held], dtype=torch.float64)
-        g = len(held)
-        error = float(((g - 1) / g * (without - without.mean()).square().sum()).sqrt())
-        half = float(student.ppf(0.5 + confidence / 2, g - 1)) * error
-        value = frechet_distance(self._without(None), reference)
-        return value, (max(0.0, value - half), value + half)
+        without = [_distance_without_svd(self._without(g), self.reference) for g in held]
+        half = jackknife(torch.tensor(without, dtype=torch.float64))
+        value = frechet_distance(self._without(None), self.reference)
+        return {self.features.frechet_label: Value(value, max(0.0, value - half), value + half)}
 
-    def _reference(self) -> Statistics:
-        """The reference where the state lies."""
-        if (self.reference.mean.device, self.reference.mean.dtype) != (self.total.device, self.total.dtype):
-            mean, covariance = self.reference.mean.to(self.total), self.reference.covariance.to(self.total)
-            self.reference = Statistics(self.reference.count, mean, covariance)
-        return self.reference
+    def descriptions(self) -> Mapping[str, str]:
+        return {self.features.frechet_label: self.features.description}
 
     def _without(self, group: int | None) -> Statistics:
         """The statistics of all images but those of a group."""

@@ -74,16 +74,18 @@ def paired_grid(originals: Tensor, others: Tensor, path: Path, columns: int = 8)
     save_sheet(sheet, path)
 
 
-def draw_examples(rows: Sequence[Row], folder: Path) -> None:
-    """Writes `reconstructions_SET.png`, and `samples_SET_gSCALE.png` with captions for each guidance scale."""
+def draw_examples(rows: Sequence[Row], folder: Path) -> list[Path]:
+    """Write `reconstructions_SET.png`, and `samples_SET_gSCALE.png` with captions for each guidance scale."""
+    paths = []
     pictures = {row.set_name: row.examples for row in rows if row.source == "pictures"}
     for row in rows:
         if row.source == "reconstructions":
-            name = f"reconstructions_{row.set_name}.png"
-            paired_grid(pictures[row.set_name][:PAIRS], row.examples[:PAIRS], folder / name)
+            paths.append(folder / f"reconstructions_{row.set_name}.png")
+            paired_grid(pictures[row.set_name][:PAIRS], row.examples[:PAIRS], paths[-1])
         if row.source == "samples":
-            name = f"samples_{row.set_name}_g{row.result.protocol.guidance_scale:g}.png"
-            labelled_grid(list(row.examples), row.captions, folder / name)
+            paths.append(folder / f"samples_{row.set_name}_g{row.result.protocol.guidance_scale:g}.png")
+            labelled_grid(list(row.examples), row.captions, paths[-1])
+    return paths
 
 
 def wrap(text: str, font: Font, width: float, most: int = 6) -> list[str]:

@@ -1,6 +1,9 @@
-"""Confidence intervals of means and of shares."""
+"""Confidence intervals of means, of shares, and from estimates that leave a part out."""
 
 from statistics import NormalDist
+
+from scipy.stats import t as student
+from torch import Tensor
 
 from ldm.errors import UserError
 
@@ -26,3 +29,13 @@ def of_mean(total: float, squares: float, n: int, confidence: float = 0.95) -> I
     variance = max(0.0, squares - n * mean * mean) / (n - 1)
     half = NormalDist().inv_cdf(0.5 + confidence / 2) * (variance / n) ** 0.5
     return mean - half, mean + half
+
+
+def jackknife(without: Tensor, confidence: float = 0.95) -> float:
+    """The half width of the interval of an estimate, from the g estimates [g] that leave out one of g groups each.
+
+    Delete-a-group jackknife (Kott 2001), Student's t with g - 1 degrees of freedom.
+    """
+    g = len(without)
+    error = float(((g - 1) / g * (without - without.mean()).square().sum()).sqrt())
+    return float(student.ppf(0.5 + confidence / 2, g - 1)) * error

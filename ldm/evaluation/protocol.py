@@ -1,30 +1,23 @@
-"""The seal of a result: what it depends on, written with it, and the refusal to mix what cannot be compared."""
+"""The provenance record of a result: all that it depends on, written with it; results that differ are not mixed."""
 
 import hashlib
 import json
-import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 from ldm.checkpoint import write_atomic
 from ldm.errors import UserError, nearest
+from ldm.versions import package_versions
 
-FORMAT = 1
+FORMAT = 2
 PACKAGES = ("ldm", "torch", "transformers", "torchmetrics", "numpy", "scipy", "pillow")
 
 
-def versions() -> dict[str, str]:
+def numeric_versions() -> dict[str, str]:
     """The versions of Python and of the packages that numbers may depend on."""
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "not installed"
-    return found
+    return {name: version or "not installed" for name, version in package_versions(PACKAGES).items()}
 
 
 def canonical(data: Any) -> str:
@@ -42,7 +35,7 @@ def digest(data: Any) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Protocol:
-    """Everything that a result depends on. None stands where a question does not arise."""
+    """Everything that a result depends on. None where a field does not apply."""
 
     task: str  # "text_to_image", "reconstruction", ...
     reference: str | None  # fingerprint of the reference set and how it was prepared
@@ -56,11 +49,11 @@ class Protocol:
     sampler: str | None = None
     grid: str | None = None
     steps: int | None = None
-    guidance: str | None = None  # all of it but the scale
+    guidance: str | None = None
     guidance_scale: float | None = None
     negative_prompt: str | None = None
     precision: str = "32-true"
-    versions: Mapping[str, str] = field(default_factory=versions)
+    versions: Mapping[str, str] = field(default_factory=numeric_versions)
 
     def fields(self) -> dict[str, Any]:
         """The fields as plain data; those of mappings under dotted names, e.g. "versions.torch"."""
@@ -77,13 +70,17 @@ class Protocol:
         return digest(self.fields())
 
 
-@dataclass(frozen=True)
-class Value:
-    """A measured number and, where known, its 95 % confidence interval."""
+class Value(NamedTuple):
+    """A measured number and, where known, its 95 % confidence interval.
+
+    `unit` "share" is a fraction in [0, 1], which tables and plots show in per cent; None is a plain number.
+    A named tuple, so that `torchmetrics.Metric.compute` may return it.
+    """
 
     value: float
     ci_low: float | None = None
     ci_high: float | None = None
+    unit: str | None = None
 
 
 @dataclass(frozen=True)
@@ -94,32 +91,32 @@ class Result:
     metrics: Mapping[str, Value]
 
     def to_dict(self) -> dict[str, Any]:
-        """The result as plain data, with its seal: the digest of all the rest."""
+        """The result as plain data; `provenance` is the digest of all the rest."""
         protocol = asdict(self.protocol) | {"size": list(self.protocol.size)}
-        metrics = {name: asdict(value) for name, value in self.metrics.items()}
+        metrics = {name: value._asdict() for name, value in self.metrics.items()}
         content = {"format": FORMAT, "protocol": protocol, "metrics": metrics}
-        return content | {"seal": digest(content)}
+        return content | {"provenance": digest(content)}
 
     def write(self, path: str | Path) -> None:
-        """Writes the sealed result as JSON, whole or not at all."""
+        """Write the result with its provenance record as JSON, whole or not at all."""
         text = json.dumps(self.to_dict(), indent=2, ensure_ascii=False, allow_nan=False)
         with write_atomic(path) as temporary:
             temporary.write_text(text + "\n", encoding="utf-8")
 
     @classmethod
     def read(cls, path: str | Path) -> Self:
-        """The result in a file; UserError where its seal is broken: it was edited after it was written."""
+        """The result in a file; UserError where it was edited after it was written."""
         try:
             data = json.loads(Path(path).read_text(encoding="utf-8"))
-            seal = data.pop("seal")
-            if seal != digest(data):
-                raise UserError(f"{path} was changed after it was sealed; evaluate again")
             if data["format"] != FORMAT:
-                raise UserError(f"{path} has format {data['format']}, this version reads {FORMAT}")
+                raise UserError(f"{path} has format {data['format']}, this version reads {FORMAT}; evaluate again")
+            recorded = data.pop("provenance")
+            if recorded != digest(data):
+                raise UserError(f"{path} was changed after it was written (its provenance differs); evaluate again")
             protocol = data["protocol"] | {"size": tuple(data["protocol"]["size"])}
             metrics = {name: Value(**value) for name, value in data["metrics"].items()}
         except (OSError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{path} is no sealed result ({type(error).__name__}: {error})") from error
+            raise UserError(f"{path} is not a result of an evaluation ({type(error).__name__}: {error})") from error
         return cls(Protocol(**protocol), metrics)
 
 
@@ -129,11 +126,6 @@ def differences(a: Protocol, b: Protocol) -> list[str]:
     names = [*left, *(name for name in right if name not in left)]
     missing = object()
     return [name for name in names if left.get(name, missing) != right.get(name, missing)]
-
-
-def comparable(a: Result, b: Result, axes: Sequence[str] = ()) -> bool:
-    """Whether two results differ in nothing but the declared axes."""
-    return not set(differences(a.protocol, b.protocol)) - set(axes)
 
 
 def require_comparable(results: Sequence[Result], axes: Sequence[str] = ()) -> None:
@@ -148,8 +140,8 @@ def require_comparable(results: Sequence[Result], axes: Sequence[str] = ()) -> N
         undeclared = [name for name in differences(first, other.protocol) if name not in axes]
         if undeclared:
             left, right = first.fields(), other.protocol.fields()
-            told = "; ".join(f"{name}: {left.get(name)} and {right.get(name)}" for name in undeclared)
+            fields = "; ".join(f"{name}: {left.get(name)} and {right.get(name)}" for name in undeclared)
             raise UserError(
-                f"these results were measured under different protocols and share no table: {told}. Measure "
-                "them alike, or declare what is meant to differ as an axis"
+                f"results of different protocols cannot be compared: {fields}. Evaluate them alike, or declare what is "
+                "meant to differ as an axis"
             )

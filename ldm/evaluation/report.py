@@ -1,4 +1,4 @@
-"""What a person reads of an evaluation: one table, and plots of the samples and of the training."""
+"""The report of an evaluation: one table, and plots of the samples and of the training."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,7 +12,6 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from ldm.evaluation.evaluate import Row
 from ldm.evaluation.protocol import Value, require_comparable
-from ldm.examples.alignment import ATTRIBUTES
 
 AXES = ("task", "reference", "prompts", "guidance_scale", "steps")
 COLOURS = ("#2f6db3", "#d9772b", "#3a9a5b", "#b0413e", "#7a5ea8", "#6b6b6b")
@@ -40,7 +39,7 @@ def rows_table(rows: Sequence[Row]) -> str:
     columns = _metrics(rows)
     lines = [["set", "n", "of", *columns]]
     for row in rows:
-        cells = [_cell(row.result.metrics.get(name), name) for name in columns]
+        cells = [_cell(row.result.metrics.get(name)) for name in columns]
         lines.append([row.set_name, str(row.result.protocol.n_images), label(row), *cells])
     return _markdown(lines)
 
@@ -69,15 +68,15 @@ def _metrics(rows: Sequence[Row]) -> list[str]:
 
 
 def _metric_fields(rows: Sequence[Row]) -> list[str]:
-    """The fields in which the measures of the rows are told; a reconstruction has one more than a sample."""
+    """The protocol fields that describe the metrics of the rows; not every row has the same."""
     return sorted({name for row in rows for name in row.result.protocol.fields() if name.startswith("metrics.")})
 
 
-def _cell(value: Value | None, name: str) -> str:
+def _cell(value: Value | None) -> str:
     """A value with its interval, to four digits or so; a share in per cent."""
     if value is None:
         return ""
-    scale, unit = (100.0, " %") if name in ATTRIBUTES else (1.0, "")
+    scale, unit = (100.0, " %") if value.unit == "share" else (1.0, "")
     size = abs(value.value)
     digits = 1 if unit else max(1, 4 - len(str(int(size))))
     if 0 < size < 0.1 and not unit:  # a kernel distance: three digits, where there are six places for them
@@ -88,8 +87,8 @@ def _cell(value: Value | None, name: str) -> str:
     return text
 
 
-def plot_scales(rows: Sequence[Row], path: Path) -> None:
-    """A plot of each metric of the samples against the guidance scale, a line for each set; PNG.
+def plot_scales(rows: Sequence[Row], path: Path) -> list[Path]:
+    """Write a plot of each metric of the samples against the guidance scale, a line for each set; [path], or [].
 
     Bands are 95 % intervals; dashed is what the reconstructions of the first stage reach, the best that
     samples can be expected to.
@@ -97,7 +96,7 @@ def plot_scales(rows: Sequence[Row], path: Path) -> None:
     samples = [row for row in rows if row.source == "samples"]
     metrics, sets = _metrics(samples), list(dict.fromkeys(row.set_name for row in samples))
     if not metrics:
-        return
+        return []
     figure, panels = _panels(len(metrics), columns=3)
     for panel, name in zip(panels, metrics, strict=True):
         for colour, which in zip(COLOURS * len(sets), sets, strict=False):
@@ -108,16 +107,18 @@ def plot_scales(rows: Sequence[Row], path: Path) -> None:
                     value = row.result.metrics[name].value
                     panel.axhline(value, color=colour, linewidth=1.0, linestyle="--", label=f"{which}, decoded")
         _dress(panel, name, "guidance scale")
-        if name in ATTRIBUTES:
+        if any(row.result.metrics[name].unit == "share" for row in samples if name in row.result.metrics):
             panel.set_ylim(-0.03, 1.03)
             panel.yaxis.set_major_formatter(PercentFormatter(1.0))
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper left", ncols=6, frameon=False, fontsize=9)
-    told = samples[0].result.protocol
-    sampler = str(told.sampler).split("ldm.sampling.")[-1].split('"')[0]
-    facts = f"{told.n_images} images a point, {told.steps} steps, {sampler}, seed {told.seed}"
-    figure.supxlabel(f"{facts}, weights {told.weights[:12]}{', EMA' if told.ema else ''}", fontsize=8, color=INK)
+    protocol = samples[0].result.protocol
+    sampler = str(protocol.sampler).split("ldm.sampling.")[-1].split('"')[0]
+    facts = f"{protocol.n_images} images a point, {protocol.steps} steps, {sampler}, seed {protocol.seed}"
+    weights = f"weights {protocol.weights[:12]}{', EMA' if protocol.ema else ''}"
+    figure.supxlabel(f"{facts}, {weights}", fontsize=8, color=INK)
     figure.savefig(path)
+    return [path]
 
 
 def _scales(panel: Axes, rows: Sequence[Row], name: str, colour: str) -> None:
@@ -135,8 +136,8 @@ def _scales(panel: Axes, rows: Sequence[Row], name: str, colour: str) -> None:
     panel.plot(scales, middle, color=colour, linewidth=1.8, marker="o", markersize=4.5, label=ordered[0].set_name)
 
 
-def plot_curves(run: Path, path: Path) -> None:
-    """A plot of the training and validation curves of each stage of a run, read from its metrics.jsonl; PNG.
+def plot_curves(run: Path, path: Path) -> list[Path]:
+    """Write a plot of the training and validation curves of each stage of a run (metrics.jsonl); [path], or [].
 
     Long curves are drawn faintly under the mean of their neighbourhood.
     """
@@ -146,7 +147,7 @@ def plot_curves(run: Path, path: Path) -> None:
         curves = _curves(stage)
         wanted += [(stage.name, name, curves[name], colour) for name in CURVES if name in curves]
     if not wanted:
-        return
+        return []
     figure, panels = _panels(len(wanted), columns=3)
     for panel, (stage_name, name, parts, colour) in zip(panels, wanted, strict=True):
         if "train" in parts:
@@ -160,6 +161,7 @@ def plot_curves(run: Path, path: Path) -> None:
         panel.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         panel.legend(frameon=False, fontsize=8, labelcolor=INK)
     figure.savefig(path)
+    return [path]
 
 
 def _curve(panel: Axes, curve: Curve, colour: str, name: str) -> None:
@@ -184,7 +186,7 @@ def _average(values: Sequence[float], reach: int) -> list[float]:
 
 
 def _lines(stage: Path) -> Iterator[dict[str, Any]]:
-    """The lines of a stage's metrics; one that a killed run has left unfinished is passed over."""
+    """The lines of a stage's metrics; an unfinished last one of a killed run is skipped."""
     for line in (stage / METRICS).read_text(encoding="utf-8").splitlines(keepends=True):
         if line.endswith("\n"):
             yield json.loads(line)

@@ -1,12 +1,14 @@
 """How often pictures of the shapes data set show what their captions say."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
 
 from ldm.errors import UserError
+from ldm.evaluation.interval import wilson
+from ldm.evaluation.metric import Batch, Metric
+from ldm.evaluation.protocol import Value
 from ldm.examples.shapes import RELATIONS, Combination, Pair, Single, parse
 from ldm.examples.shapes_reader import Seen, read
 
@@ -54,43 +56,39 @@ def agreement(what: Combination, seen: Sequence[Seen]) -> dict[str, bool]:
 class Alignment(Metric):
     """The share of pictures that show each attribute of their captions (`agreement`), and `all` of them.
 
-    The state is a count, so it adds up exactly over batches and processes. `n` says how many captions speak
-    of each attribute, which `ldm.evaluation.interval.wilson` needs for an interval.
+    The state is a count, so it adds up exactly over batches and processes. An attribute that no caption names has no
+    value.
     """
 
-    is_differentiable = False
     higher_is_better = True
-    full_state_update = False
 
     shown: Tensor
-    told: Tensor
+    named: Tensor
 
     def __init__(self) -> None:
         super().__init__()
-        for name in ("shown", "told"):
+        for name in ("shown", "named"):
             self.add_state(name, torch.zeros(len(ATTRIBUTES), dtype=torch.int64), dist_reduce_fx="sum")
 
-    def update(self, images: Tensor, captions: Sequence[str]) -> None:
-        """Counts a batch: images [B, 3, H, H] in [0, 1] and captions as `ldm.examples.shapes` writes them."""
-        if images.ndim != 4 or images.shape[1] != 3 or images.shape[2] != images.shape[3]:
-            raise UserError(f"alignment reads square pictures [B, 3, H, H], not {list(images.shape)}")
-        if len(images) != len(captions):
-            raise UserError(f"{len(images)} pictures but {len(captions)} captions")
-        pictures = images.detach().permute(0, 2, 3, 1).float().cpu().numpy()
-        for picture, caption in zip(pictures, captions, strict=True):
+    def update(self, batch: Batch) -> None:
+        """Add square pictures and captions as `ldm.examples.shapes` writes them; UserError for others."""
+        shape = batch.images.shape
+        if len(shape) != 4 or shape[1] != 3 or shape[2] != shape[3]:
+            raise UserError(f"alignment reads square pictures [B, 3, H, H], not {list(shape)}")
+        pictures = batch.images.detach().permute(0, 2, 3, 1).float().cpu().numpy()
+        for picture, caption in zip(pictures, batch.captions, strict=True):
             for name, shown in agreement(parse(caption), read(picture)).items():
                 index = ATTRIBUTES.index(name)
-                self.told[index] += 1
+                self.named[index] += 1
                 self.shown[index] += shown
 
-    def compute(self) -> dict[str, Tensor]:
-        """The share in [0, 1] of each attribute that a caption spoke of; `n()` are the denominators."""
+    def compute(self) -> dict[str, Value]:
+        counts = zip(ATTRIBUTES, self.shown, self.named, strict=True)
         return {
-            name: (shown / told).float()
-            for name, shown, told in zip(ATTRIBUTES, self.shown, self.told, strict=True)
-            if told > 0
+            name: Value(float(shown / named), *wilson(int(shown), int(named)), unit="share")
+            for name, shown, named in counts
+            if named > 0
         }
 
-    def n(self) -> dict[str, int]:
-        """How many captions spoke of each attribute."""
-        return {name: int(told) for name, told in zip(ATTRIBUTES, self.told, strict=True) if told > 0}
+    def descriptions(self) -> Mapping[str, str]:
+        return {"alignment": "ldm.examples.shapes_reader"}

@@ -13,7 +13,7 @@ from ldm.networks.autoencoder import Decoder, Encoder
 
 
 class Reconstruction(NamedTuple):
-    """What a first stage makes of images in training."""
+    """A first stage's output in training."""
 
     images: Tensor  # [B, 3, H, W], in about [-1, 1]
     regularized: RegularizerOutput
@@ -25,10 +25,10 @@ class FirstStage(nn.Module):
     Args:
         encoder, regularizer, decoder: the three parts.
         latent_channels: C.
-        quant_conv: whether 1x1 convolutions stand before the regularizer and before the decoder, as in LDM.
+        quant_conv: whether there are 1x1 convolutions before the regularizer and before the decoder, as in LDM.
         latent_mean, latent_std: the statistics that `encode` normalises by, a number or one per channel.
-            SD 1's scale factor 0.18215 is latent_std = 1 / 0.18215. They are buffers,
-            so a checkpoint carries them, and they stay float32 whatever the weights are cast to.
+            SD 1's scale factor 0.18215 is latent_std = 1 / 0.18215. They are buffers, so a checkpoint holds
+            them, and they stay float32 when the weights are cast.
     """
 
     latent_mean: Tensor
@@ -86,25 +86,25 @@ class FirstStage(nn.Module):
     def forward(self, images: Tensor, noise: Tensor | None = None) -> Reconstruction:
         """The training path: images through all parts; noise [B, C, h, w] samples a KL posterior."""
         regularized: RegularizerOutput = self.regularizer(self._features(images), noise)
-        return Reconstruction(self._images(regularized.z), regularized)
+        return Reconstruction(self._images(regularized.sample), regularized)
 
     def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
-        """Normalised latents [B, C, h, w], float32, of images [B, 3, H, W] in [-1, 1].
+        """Normalised latents [B, C, h, w], in float32 at least, of images [B, 3, H, W] in [-1, 1].
 
         Without noise [B, C, h, w] a KL posterior gives its mean. Gradients and autocast are the caller's.
         """
         z = self.regularizer.sample(self._features(images), noise)
-        return (z.to(torch.float32) - self._wide(self.latent_mean)) / self._wide(self.latent_std)
+        return (z - self._wide(self.latent_mean)) / self._wide(self.latent_std)
 
     def moments(self, images: Tensor) -> Tensor:
-        """Mean and std [B, 2, C, h, w], float32, that `encode` draws normalised latents with: mean + std * noise."""
+        """Mean and std [B, 2, C, h, w] of `encode`'s normalised latents: mean + std * noise."""
         mean, std = self.regularizer.posterior(self._features(images))
         scale = self._wide(self.latent_std)
         return torch.stack([(mean - self._wide(self.latent_mean)) / scale, std / scale], dim=1)
 
     def decode(self, z: Tensor) -> Tensor:
         """Images [B, 3, H, W], in about [-1, 1] and not clamped, of normalised latents [B, C, h, w]."""
-        z = z.to(torch.float32) * self._wide(self.latent_std) + self._wide(self.latent_mean)
+        z = z * self._wide(self.latent_std) + self._wide(self.latent_mean)  # in float32 at least, as the statistics
         return self._images(self.regularizer.quantize(z))
 
     def check_size(self, height: int, width: int) -> None:
@@ -119,15 +119,17 @@ class FirstStage(nn.Module):
     def set_statistics(self, mean: float | Sequence[float] | Tensor, std: float | Sequence[float] | Tensor) -> None:
         """Sets the mean and standard deviation of the raw latents, a number or one per channel."""
         for name, value, buffer in (("mean", mean, self.latent_mean), ("std", std, self.latent_std)):
-            given = torch.as_tensor(value, dtype=torch.float32, device="cpu")
-            if given.shape not in {(), (1,), buffer.shape}:
-                raise UserError(f"latent_{name} has {given.numel()} entries; give one number or {self.latent_channels}")
-            if not given.isfinite().all() or (name == "std" and not (given > 0).all()):
-                raise UserError(f"latent_{name}={given.tolist()}: it has to be finite, and std above 0")
-            buffer.copy_(given)
+            values = torch.as_tensor(value, dtype=torch.float32, device="cpu")
+            if values.shape not in {(), (1,), buffer.shape}:
+                raise UserError(
+                    f"latent_{name} has {values.numel()} entries; give one number or {self.latent_channels}"
+                )
+            if not values.isfinite().all() or (name == "std" and not (values > 0).all()):
+                raise UserError(f"latent_{name}={values.tolist()}: it has to be finite, and std above 0")
+            buffer.copy_(values)
 
     def fingerprint(self) -> str:
-        """16 hexadecimal digits that identify the weights and statistics; cached latents carry them.
+        """16 hexadecimal digits that identify the weights and statistics; cached latents are recorded with them.
 
         A cast changes the weights, so take it before casting.
         """
@@ -150,11 +152,11 @@ class FirstStage(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Moves and casts as any module, but keeps the statistics in float32."""
-        kept = self.latent_mean, self.latent_std
+        before = self.latent_mean, self.latent_std
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         moved = [
             new if old.is_meta or new.is_meta else old.to(new.device)
-            for old, new in zip(kept, (self.latent_mean, self.latent_std), strict=True)
+            for old, new in zip(before, (self.latent_mean, self.latent_std), strict=True)
         ]
         self.latent_mean, self.latent_std = moved
         return self

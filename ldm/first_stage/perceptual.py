@@ -21,8 +21,7 @@ class PerceptualDistance(nn.Module):
 
     Args:
         network: gives `features(x)`, a list of feature maps of images in [-1, 1].
-        weights: one entry per stage, a number or one number per channel; all 1 when not given. Stages of
-            weight 0 are left out.
+        weights: one entry per stage, a number or one number per channel; None: all 1.
     """
 
     def __init__(self, network: FrozenNetwork, weights: Sequence[float | Tensor] | None = None) -> None:
@@ -38,12 +37,12 @@ class PerceptualDistance(nn.Module):
     def forward(self, images: Tensor, target: Tensor) -> Tensor:
         """Distances [B], float32, of images and target [B, 3, H, W] in [-1, 1]; gradients reach `images`."""
         with torch.no_grad():
-            wanted = self.network.features(target)
-        given = self.network.features(images)
-        if self.stages not in {0, len(given)}:
-            raise UserError(f"{self.stages} perceptual weights for a network of {len(given)} stages")
+            target_features = self.network.features(target)
+        features = self.network.features(images)
+        if self.stages not in {0, len(features)}:
+            raise UserError(f"{self.stages} perceptual weights for a network of {len(features)} stages")
         total = images.new_zeros(len(images), dtype=torch.float32)
-        for i, (a, b) in enumerate(zip(given, wanted, strict=True)):
+        for i, (a, b) in enumerate(zip(features, target_features, strict=True)):
             weight = self.get_buffer(f"weight_{i}") if self.stages else torch.ones((), device=a.device)
             difference = (_unit(a) - _unit(b)).square() * weight  # [B, C, h, w]
             total = total + difference.sum(1).mean((1, 2))
@@ -59,9 +58,9 @@ def _unit(h: Tensor) -> Tensor:
 def lpips_weights(path: str | Path | None = None) -> list[Tensor]:
     """LPIPS' weights per channel for the five stages of VGG16; by default those in torchmetrics' wheel."""
     if path is None:
-        found = find_spec("torchmetrics")
-        if found is None or found.origin is None:
+        package = find_spec("torchmetrics")
+        if package is None or package.origin is None:
             raise UserError("LPIPS' weights come with torchmetrics; run: pip install torchmetrics, or give a path")
-        path = Path(found.origin).parent / "functional" / "image" / "lpips_models" / "vgg.pth"
+        path = Path(package.origin).parent / "functional" / "image" / "lpips_models" / "vgg.pth"
     state = read_weights(path)
     return [state[f"lin{i}.model.1.weight"].flatten() for i in range(5)]

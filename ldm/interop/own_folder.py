@@ -11,7 +11,8 @@ import torch
 import yaml
 from torch import Tensor
 
-from ldm.conditioning.text import TextConditioner, clip_text_for, tokenizer_from_pretrained
+from ldm.conditioning.pretrained import tokenizer_from_pretrained
+from ldm.conditioning.text import TextConditioner, clip_text_for
 from ldm.errors import UserError
 from ldm.interop.model_folder import ModelFolder, write_model_folder
 from ldm.interop.package import Architecture, Package, Text, Tokenizer, part_of, require_fitting
@@ -258,7 +259,8 @@ def first_stage_node(package: Package) -> Node:
 def _conditioner_node(architecture: Architecture) -> Node:
     nodes: list[Node] = []
     for i, text in enumerate(architecture.texts):
-        tokenizer: Node = {"_target_": "ldm.conditioning.text.tokenizer_from_pretrained", "name_or_path": TOKENIZER}
+        load = "ldm.conditioning.pretrained.tokenizer_from_pretrained"
+        tokenizer: Node = {"_target_": load, "name_or_path": TOKENIZER}
         node: Node = {
             "_target_": TEXT,
             "dropout": 0.1,

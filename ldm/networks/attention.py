@@ -4,8 +4,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.errors import UserError
-from ldm.networks.attend import attend
 from ldm.networks.blocks import group_norm
+from ldm.networks.cpu import scaled_dot_product_attention
 
 
 def head_count(channels: int, num_heads: int | None, head_channels: int | None) -> int:
@@ -39,7 +39,7 @@ class Attention(nn.Module):
         q = self.to_q(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [B, heads, N, C/heads]
         k = self.to_k(context).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         v = self.to_v(context).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-        h = attend(q, k, v, mask)
+        h = scaled_dot_product_attention(q, k, v, mask)
         out: Tensor = self.to_out(h.transpose(1, 2).flatten(2))
         return out
 
@@ -146,6 +146,6 @@ class PixelAttention(nn.Module):
             to(h).flatten(2).unflatten(1, (self.heads, -1)).transpose(2, 3)  # [B, heads, h w, C / heads]
             for to in (self.to_q, self.to_k, self.to_v)
         )
-        h = attend(q, k, v)
+        h = scaled_dot_product_attention(q, k, v)
         out: Tensor = x + self.to_out(h.transpose(2, 3).reshape(x.shape))
         return out

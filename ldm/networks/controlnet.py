@@ -41,7 +41,7 @@ class ControlNet(nn.Module):
 
     def forward(
         self,
-        x: Tensor,
+        z: Tensor,
         t: Tensor,
         hint: Tensor,
         tokens: Tensor | None = None,
@@ -54,10 +54,10 @@ class ControlNet(nn.Module):
         hint [B, hint_channels, 8 h, 8 w] in [0, 1]; the others as in `UNet.forward`. Raises UserError
         for a hint of another size.
         """
-        wanted = (len(x), self.hint[0].in_channels, HINT_factor * x.shape[2], HINT_factor * x.shape[3])
+        wanted = (len(z), self.hint[0].in_channels, HINT_factor * z.shape[2], HINT_factor * z.shape[3])
         if hint.shape != wanted:
-            raise UserError(f"a hint of shape {list(hint.shape)} for latents {list(x.shape)}: expected {list(wanted)}")
+            raise UserError(f"a hint of shape {list(hint.shape)} for latents {list(z.shape)}: expected {list(wanted)}")
         for conv in self.hint[:-1]:
             hint = F.silu(conv(hint))
-        skips, middle, _ = self.trunk.encode(x, t, tokens, mask, vector, concat, self.hint[-1](hint))
+        skips, middle, _ = self.trunk.encode(z, t, tokens, mask, vector, concat, self.hint[-1](hint))
         return [out(h) for out, h in zip(self.out, [*skips, middle], strict=True)]

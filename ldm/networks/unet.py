@@ -166,7 +166,7 @@ class UNet(nn.Module):
     """What the network predicts [B, out_channels, h, w] of noisy latents, their time and a condition.
 
     Args:
-        in_channels: channels of x and `concat` together.
+        in_channels: channels of z and `concat` together.
         out_channels: channels of the prediction.
         model_channels: width of the first level; level i has model_channels * channel_mult[i].
         channel_mult: one factor per level; each further level halves the resolution.
@@ -255,7 +255,7 @@ class UNet(nn.Module):
 
     def forward(
         self,
-        x: Tensor,
+        z: Tensor,
         t: Tensor,
         tokens: Tensor | None = None,
         mask: Tensor | None = None,
@@ -265,11 +265,11 @@ class UNet(nn.Module):
     ) -> Tensor:
         """The prediction [B, out_channels, h, w].
 
-        x [B, C, h, w] noisy latents; t [B] network times in [0, 1000]; tokens [B, L, context_dim]; mask
+        z [B, C, h, w] noisy latents; t [B] network times in [0, 1000]; tokens [B, L, context_dim]; mask
         [B, L] bool, True = attend; vector [B, vector_dim]; concat [B, in_channels - C, h, w];
         control: a `ControlNet`'s feature maps.
         """
-        skips, h, emb = self.encode(x, t, tokens, mask, vector, concat)
+        skips, h, emb = self.encode(z, t, tokens, mask, vector, concat)
         if control is not None:
             skips = [skip + more for skip, more in zip(skips, control[:-1], strict=True)]
             h = h + control[-1]
@@ -279,9 +279,14 @@ class UNet(nn.Module):
         out: Tensor = self.conv_out(F.silu(self.norm_out(h)))
         return out
 
+    def check_size(self, height: int, width: int) -> None:
+        """Raise UserError for latents of no pixels; every other size fits, odd ones too."""
+        if height < 1 or width < 1:
+            raise UserError(f"latents of {height} x {width}: expected at least 1 x 1; give a larger size")
+
     def encode(
         self,
-        x: Tensor,
+        z: Tensor,
         t: Tensor,
         tokens: Tensor | None = None,
         mask: Tensor | None = None,
@@ -293,8 +298,8 @@ class UNet(nn.Module):
 
         Arguments as in `forward`; `hint` [B, model_channels, h, w] is added before the first level.
         """
-        self._check(x, tokens, vector, concat)
-        h = x if concat is None else torch.cat([x, concat], dim=1)
+        self._check(z, tokens, vector, concat)
+        h = z if concat is None else torch.cat([z, concat], dim=1)
         emb = self._embedding(t, vector, h.dtype)
         attend = _attended(mask)
         h = self.conv_in(h)
@@ -313,7 +318,7 @@ class UNet(nn.Module):
             emb = emb + self.vector_embed(vector)
         return F.silu(emb)
 
-    def _check(self, x: Tensor, tokens: Tensor | None, vector: Tensor | None, concat: Tensor | None) -> None:
+    def _check(self, z: Tensor, tokens: Tensor | None, vector: Tensor | None, concat: Tensor | None) -> None:
         """Raises UserError where the condition is not the one that the network was built for."""
         given = {"tokens": (tokens, self.context_dim), "vector": (vector, self.vector_dim)}
         for name, (value, width) in given.items():
@@ -321,14 +326,14 @@ class UNet(nn.Module):
                 shape = None if value is None else list(value.shape)
                 raise UserError(f"{name} of shape {shape} given; this UNet was built for a width of {width}")
         beside = 0 if concat is None else concat.shape[1]
-        if x.shape[1] + beside != self.in_channels:
+        if z.shape[1] + beside != self.in_channels:
             raise UserError(
-                f"latents of {x.shape[1]} channels and a concat of {beside} given; this UNet was built for "
+                f"latents of {z.shape[1]} channels and a concat of {beside} given; this UNet was built for "
                 f"in_channels={self.in_channels} of both together"
             )
-        if concat is not None and concat.shape[2:] != x.shape[2:]:
+        if concat is not None and concat.shape[2:] != z.shape[2:]:
             raise UserError(
-                f"a concat of {list(concat.shape[2:])} pixels given beside latents of {list(x.shape[2:])}; they have "
+                f"a concat of {list(concat.shape[2:])} pixels given beside latents of {list(z.shape[2:])}; they have "
                 "to be of one size"
             )
 

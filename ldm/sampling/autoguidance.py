@@ -1,30 +1,30 @@
-"""Autoguidance: away from a weaker version of the model itself (Karras et al. 2024)."""
+"""Autoguidance: guides away from a weaker version of the same model (Karras et al. 2024)."""
 
 from collections.abc import Callable
 
 import torch
 from torch import nn
 
-from ldm.diffusion.denoiser import Denoiser
+from ldm.diffusion.denoiser import Cond, Denoiser
 from ldm.diffusion.schedule import Schedule
 from ldm.errors import UserError
-from ldm.sampling.guidance import Fields, Guidance, Inputs, Pair, Wrapping
+from ldm.sampling.guidance import Fields, Guidance, Pair, Wrapping
 
-Describe = Callable[[Fields, torch.device], Inputs]
-"""Makes a model's own condition of texts, on a device."""
+Describe = Callable[[Fields, torch.device], Cond]
+"""Encodes texts to a model's condition, on a device."""
 
 
 class Autoguidance(Wrapping):
-    """Leads from a weaker model's estimate to the model's, both under the condition.
+    """Extrapolates from a weaker model's estimate to the model's, both under the condition.
 
-    Karras et al. 2024, "Guiding a Diffusion Model with a Bad Version of Itself": less trained or smaller, it
-    errs where the model errs, only more. It is a second network call, of its own size; the negative is not used.
+    Karras et al. 2024, "Guiding a Diffusion Model with a Bad Version of Itself": a model that is less trained or
+    smaller makes the same errors, only larger. It is a second network call; the unconditional condition is not used.
 
     Args:
-        guidance: says where to guide and how far.
+        guidance: where to guide and by which rule.
         weaker: the weaker model's denoiser, with the latents and the schedule of the model; it is moved to its device.
-        describe: its condition from the texts; None where it takes the model's own (a frozen encoder that they share).
-        first_stage: the one it was trained on; None where it is known to be the model's.
+        describe: the weaker model's condition of texts; None where it takes the model's (a shared frozen encoder).
+        first_stage: the one that the weaker model was trained on; None where it is known to be the model's.
     """
 
     def __init__(
@@ -42,12 +42,12 @@ class Autoguidance(Wrapping):
 
     def check(self, denoiser: Denoiser, first_stage: nn.Module) -> None:
         super().check(denoiser, first_stage)
-        its, ours = self.weaker.schedule, denoiser.schedule
-        if not _same_levels(its, ours):
+        theirs, ours = self.weaker.schedule, denoiser.schedule
+        if not _same_levels(theirs, ours):
             raise UserError(
-                f"guidance.checkpoint: the weaker model has another noise schedule ({type(its).__name__}) than the "
-                f"model ({type(ours).__name__}), so at one time each knows another noise level; give a model that "
-                "was trained on the same one"
+                f"guidance.checkpoint: the weaker model has another noise schedule ({type(theirs).__name__}) than the "
+                f"model ({type(ours).__name__}), so the same time is another noise level; give a model that was "
+                "trained on the same schedule"
             )
         if self.first_stage is None or self._compared is first_stage:
             return
@@ -58,14 +58,14 @@ class Autoguidance(Wrapping):
             )
         self._compared = first_stage
 
-    def pair(self, denoiser: Denoiser, inputs: Inputs, negative: Inputs, fields: Fields | None) -> Pair:
-        device = next(iter(inputs.values())).device
-        theirs = dict(inputs)
+    def pair(self, denoiser: Denoiser, cond: Cond, uncond: Cond, fields: Fields | None) -> Pair:
+        device = next(iter(cond.values())).device
+        weaker_cond = dict(cond)
         if self.describe is not None and fields is not None:
-            theirs = {name: value for name, value in inputs.items() if name == "concat"}
-            theirs |= self.describe(fields, device)
-        weak, strong = self.weaker.to(device).bind(theirs), denoiser.bind(inputs)
-        return lambda z, t: (weak(z, t), strong(z, t))
+            weaker_cond = {name: value for name, value in cond.items() if name == "concat"}
+            weaker_cond |= self.describe(fields, device)
+        weaker, stronger = self.weaker.to(device).bind(weaker_cond), denoiser.bind(cond)
+        return lambda z, t: (weaker(z, t), stronger(z, t))
 
 
 def _same_levels(one: Schedule, other: Schedule) -> bool:

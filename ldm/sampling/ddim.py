@@ -4,28 +4,22 @@ from torch import Tensor
 
 from ldm.diffusion.denoiser import Denoise
 from ldm.errors import UserError
-from ldm.sampling.sampler import Noise, OnStep, Sampler, Steps, add_noise_, posterior_deviation
+from ldm.sampling.sampler import Noise, Sampler, Steps, add_noise, posterior_deviation
 
 
 class DDIM(Sampler):
-    """Algorithm of eq. 12: go to x0, then back to the next level; eta = 0 is deterministic, eta = 1 is DDPM."""
+    """Eq. 12: go to x0, then back to the next noise level; eta = 0 is deterministic, eta = 1 is DDPM."""
 
     def __init__(self, eta: float = 0.0) -> None:
         if eta < 0:
             raise UserError(f"eta={eta}: expected 0 (deterministic) or more (1 is DDPM)")
         self.eta = eta
 
-    def __call__(
-        self,
-        denoise: Denoise,
-        z: Tensor,
-        steps: Steps,
-        noise: Noise,
-        on_step: OnStep = lambda done: None,
-    ) -> Tensor:
-        for done, (now, then) in enumerate(steps, start=1):
+    def __call__(self, denoise: Denoise, z: Tensor, steps: Steps, noise: Noise) -> Tensor:
+        for now, then in steps:
+            x0, eps = denoise(z, now.t)
             fresh = self.eta * posterior_deviation(now, then)
             kept = max(then.sigma**2 - fresh**2, 0.0) ** 0.5
-            z = add_noise_(denoise(z, now.t).mix(then.alpha, kept), fresh, noise)
-            on_step(done)
+            z = then.alpha * x0 + kept * eps
+            z = add_noise(z, fresh, noise)
         return z

@@ -3,31 +3,21 @@
 from torch import Tensor
 
 from ldm.diffusion.denoiser import Denoise
-from ldm.sampling.sampler import Noise, OnStep, Sampler, Steps, add_noise_
+from ldm.sampling.sampler import Noise, Sampler, Steps, add_noise
 
 
 class DDPM(Sampler):
-    """Algorithm 2: draws from the posterior of the next z, given z and the estimate of x0.
+    """Algorithm 2: draws the next z from its posterior, given z and the estimate of x0.
 
-    The variance is the posterior's own (eq. 7, "fixed small"). Between any two times, as in Kingma et al. 2021
-    ("Variational Diffusion Models", appendix A), so that a grid may leave times out.
+    Mean and variance are eq. 7's ("fixed small"), between any two times as in Kingma et al. 2021 ("Variational
+    Diffusion Models", appendix A), so that a grid may skip times.
     """
 
-    def __call__(
-        self,
-        denoise: Denoise,
-        z: Tensor,
-        steps: Steps,
-        noise: Noise,
-        on_step: OnStep = lambda done: None,
-    ) -> Tensor:
-        for done, (now, then) in enumerate(steps, start=1):
+    def __call__(self, denoise: Denoise, z: Tensor, steps: Steps, noise: Noise) -> Tensor:
+        for now, then in steps:
+            x0, _ = denoise(z, now.t)
             alpha = now.alpha / then.alpha  # of z given the next z; its variance is sigma2
             sigma2 = now.sigma**2 - (alpha * then.sigma) ** 2
-            of_z = alpha * then.sigma**2 / now.sigma**2
-            of_x0 = then.alpha * sigma2 / now.sigma**2
-            # of_z z + of_x0 x0, where z is now.alpha x0 + now.sigma eps
-            mean = denoise(z, now.t).mix(of_x0 + of_z * now.alpha, of_z * now.sigma)
-            z = add_noise_(mean, max(sigma2, 0.0) ** 0.5 * then.sigma / now.sigma, noise)
-            on_step(done)
+            mean = (alpha * then.sigma**2 * z + then.alpha * sigma2 * x0) / now.sigma**2
+            z = add_noise(mean, max(sigma2, 0.0) ** 0.5 * then.sigma / now.sigma, noise)
         return z

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from ldm.diffusion.denoiser import Denoise
-from ldm.sampling.sampler import Noise, OnStep, Sampler, Steps
+from ldm.sampling.sampler import Noise, Sampler, Steps
 
 
 class Euler(Sampler):
@@ -13,15 +13,8 @@ class Euler(Sampler):
     et al. 2020, eq. 14), and on the straight path so is Euler's method in t.
     """
 
-    def __call__(
-        self,
-        denoise: Denoise,
-        z: Tensor,
-        steps: Steps,
-        noise: Noise,
-        on_step: OnStep = lambda done: None,
-    ) -> Tensor:
-        for done, (now, then) in enumerate(steps, start=1):
-            z = denoise(z, now.t).mix(then.alpha, then.sigma)
-            on_step(done)
+    def __call__(self, denoise: Denoise, z: Tensor, steps: Steps, noise: Noise) -> Tensor:
+        for now, then in steps:
+            x0, eps = denoise(z, now.t)
+            z = then.alpha * x0 + then.sigma * eps
         return z

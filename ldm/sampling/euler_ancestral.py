@@ -1,10 +1,10 @@
-"""Euler's method with noise put back after each step (k-diffusion, `sample_euler_ancestral`)."""
+"""Euler's method with noise added after each step (k-diffusion, `sample_euler_ancestral`)."""
 
 from torch import Tensor
 
 from ldm.diffusion.denoiser import Denoise
 from ldm.errors import UserError
-from ldm.sampling.sampler import Noise, OnStep, Sampler, Steps, add_noise_
+from ldm.sampling.sampler import Noise, Sampler, Steps, add_noise
 
 
 class EulerAncestral(Sampler):
@@ -18,19 +18,12 @@ class EulerAncestral(Sampler):
             raise UserError(f"eta={eta}: expected 0 (Euler) or more")
         self.eta = eta
 
-    def __call__(
-        self,
-        denoise: Denoise,
-        z: Tensor,
-        steps: Steps,
-        noise: Noise,
-        on_step: OnStep = lambda done: None,
-    ) -> Tensor:
-        for done, (now, then) in enumerate(steps, start=1):
+    def __call__(self, denoise: Denoise, z: Tensor, steps: Steps, noise: Noise) -> Tensor:
+        for now, then in steps:
+            x0, eps = denoise(z, now.t)
             s, s_next = now.ratio, then.ratio
             s_up = min(s_next, self.eta * s_next * (1.0 - (s_next / s) ** 2) ** 0.5)
             s_down = (s_next**2 - s_up**2) ** 0.5
-            z = denoise(z, now.t).mix(then.alpha, then.alpha * s_down)
-            z = add_noise_(z, then.alpha * s_up, noise)
-            on_step(done)
+            z = then.alpha * (x0 + s_down * eps)
+            z = add_noise(z, then.alpha * s_up, noise)
         return z

@@ -1,7 +1,7 @@
-"""Guidance: takes a denoiser and its conditions, gives the `denoise` that a sampler sees.
+"""Guidance: takes a denoiser, a condition and an unconditional one, gives the `denoise` that a sampler sees.
 
-A guidance says three things, and a wrapping one changes some of them and takes the others from the one it wraps:
-where it guides (`applies`), between which two estimates (`pair`), and how it goes beyond them (`rule`).
+A guidance has three parts: where it guides (`applies`), the two estimates (`pair`), and how it extrapolates from the
+one to the other (`rule`). A wrapping guidance changes some of them and takes the others from the one it wraps.
 """
 
 from abc import ABC, abstractmethod
@@ -10,95 +10,101 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from ldm.diffusion.denoiser import Denoise, Denoiser
+from ldm.diffusion.denoiser import Cond, Denoise, Denoiser
 from ldm.diffusion.prediction import Denoised
 from ldm.diffusion.schedule import Schedule, broadcast
-
-Inputs = Mapping[str, Tensor]
-"""A condition's tensors by name, each [B, ...]."""
 
 Fields = Mapping[str, Sequence[str]]
 """The texts that the condition was made from, by name, each of B."""
 
 Pair = Callable[[Tensor, Tensor], tuple[Denoised, Denoised]]
-"""(z, t) -> what guidance leads away from, and what it leads to."""
+"""(z, t) -> (uncond, cond): the estimates that guidance extrapolates from and to."""
 
 Rule = Callable[[Tensor, Tensor, Denoised, Denoised], Denoised]
-"""(z, t, away, to) -> the guided estimate; it may remember the calls before, of one run."""
+"""(z, t, uncond, cond) -> the guided estimate; it may remember the previous calls of a run."""
 
 
 class Guidance(ABC):
-    """Binds a denoiser to a condition and to what it is guided away from."""
+    """Binds a denoiser to a condition and an unconditional (or negative) one."""
 
-    def __call__(self, denoiser: Denoiser, inputs: Inputs, negative: Inputs, fields: Fields | None = None) -> Denoise:
+    def __call__(
+        self, denoiser: Denoiser, cond: Cond, uncond: Cond, scale: float, fields: Fields | None = None
+    ) -> Denoise:
         """The guided `denoise` for one run of a batch, z [B, C, h, w] and t [B].
 
         Args:
             denoiser: the model.
-            inputs, negative: the condition and what guidance leads away from; the same names, each [B, ...].
-            fields: the texts of the condition, for a second model that reads them itself.
+            cond, uncond: the condition and the unconditional (or negative) one: the same names, each [B, ...].
+            scale: guidance scale; 1 is the condition alone.
+            fields: the texts of the condition, for a second model with its own text encoder.
         """
         schedule = denoiser.schedule
-        pair, rule = self.pair(denoiser, inputs, negative, fields), self.rule(schedule)
-        unguided = denoiser.bind(inputs)
+        pair, rule = self.pair(denoiser, cond, uncond, fields), self.rule(schedule, scale)
+        unguided = denoiser.bind(cond)
 
         def denoise(z: Tensor, t: Tensor) -> Denoised:
-            where = self.applies(schedule, t)  # [B] bool
+            where = self.applies(schedule, t, scale)  # [B] bool
             if not where.any():
                 return unguided(z, t)
-            away, to = pair(z, t)
-            guided = rule(z, t, away, to)
+            without, conditional = pair(z, t)
+            guided = rule(z, t, without, conditional)
             if where.all():
                 return guided
             rows = where.to(z.device).view(-1, *[1] * (z.ndim - 1))
-            return Denoised(torch.where(rows, guided.x0, to.x0), torch.where(rows, guided.eps, to.eps))
+            x0, eps = (torch.where(rows, *both) for both in zip(guided, conditional, strict=True))
+            return Denoised(x0, eps)
 
         return denoise
 
     def check(self, denoiser: Denoiser, first_stage: nn.Module) -> None:
-        """Raise UserError where it brings a model of its own that does not go with this one and its first stage."""
+        """Raise UserError where it has a second model that does not fit this one and its first stage."""
         return
 
     @abstractmethod
-    def applies(self, schedule: Schedule, t: Tensor) -> Tensor:
-        """Where it guides, bool [B] or [1], on the CPU; elsewhere the condition alone is computed."""
+    def applies(self, schedule: Schedule, t: Tensor, scale: float) -> Tensor:
+        """Where it guides, bool [B] or [1], on the CPU; elsewhere only the condition is computed."""
 
     @abstractmethod
-    def pair(self, denoiser: Denoiser, inputs: Inputs, negative: Inputs, fields: Fields | None) -> Pair:
-        """The two estimates that it goes from and to."""
+    def pair(self, denoiser: Denoiser, cond: Cond, uncond: Cond, fields: Fields | None) -> Pair:
+        """The estimates that it extrapolates from and to."""
 
     @abstractmethod
-    def rule(self, schedule: Schedule) -> Rule:
-        """How it goes beyond them; a new one for each run."""
+    def rule(self, schedule: Schedule, scale: float) -> Rule:
+        """How it extrapolates; a new rule for each run."""
 
 
 class ClassifierFree(Guidance):
-    """eps = eps(negative) + scale (eps(condition) - eps(negative)) (Ho and Salimans 2022, eq. 6, w = scale - 1).
+    """eps = eps(uncond) + scale (eps(cond) - eps(uncond)) (Ho and Salimans 2022, eq. 6, w = scale - 1).
 
     Both halves are one network call; at scale 1 the unconditional half is not computed.
     """
 
-    def __init__(self, scale: float = 7.5) -> None:
-        self.scale = scale
+    def applies(self, schedule: Schedule, t: Tensor, scale: float) -> Tensor:
+        return torch.tensor([scale != 1.0], device="cpu")
 
-    def applies(self, schedule: Schedule, t: Tensor) -> Tensor:
-        return torch.tensor([self.scale != 1.0], device="cpu")
-
-    def pair(self, denoiser: Denoiser, inputs: Inputs, negative: Inputs, fields: Fields | None) -> Pair:
-        both = denoiser.bind({name: torch.cat([negative[name], inputs[name]]) for name in inputs})
+    def pair(self, denoiser: Denoiser, cond: Cond, uncond: Cond, fields: Fields | None) -> Pair:
+        both = denoiser.bind({name: torch.cat([uncond[name], cond[name]]) for name in cond})
 
         def halves(z: Tensor, t: Tensor) -> tuple[Denoised, Denoised]:
-            return both(torch.cat([z, z]), torch.cat([t, t])).halves()
+            x0, eps = both(torch.cat([z, z]), torch.cat([t, t]))
+            without, conditional = zip(x0.chunk(2), eps.chunk(2), strict=True)
+            return Denoised(*without), Denoised(*conditional)
 
         return halves
 
-    def rule(self, schedule: Schedule) -> Rule:
-        # x0 and eps are both linear in the network's output, so guiding the output is guiding each.
-        return lambda z, t, away, to: away.lerp(to, self.scale)
+    def rule(self, schedule: Schedule, scale: float) -> Rule:
+        def guided(z: Tensor, t: Tensor, uncond: Denoised, cond: Denoised) -> Denoised:
+            # x0 and eps are both linear in the network's output, so guiding the output is guiding each
+            return Denoised(
+                x0=uncond.x0 + scale * (cond.x0 - uncond.x0),
+                eps=uncond.eps + scale * (cond.eps - uncond.eps),
+            )
+
+        return guided
 
 
 class Wrapping(Guidance):
-    """A guidance that changes another one; what it does not say itself is the other's."""
+    """A guidance that changes another one; the parts that it does not define are the other's."""
 
     def __init__(self, guidance: Guidance) -> None:
         self.guidance = guidance
@@ -106,22 +112,22 @@ class Wrapping(Guidance):
     def check(self, denoiser: Denoiser, first_stage: nn.Module) -> None:
         self.guidance.check(denoiser, first_stage)
 
-    def applies(self, schedule: Schedule, t: Tensor) -> Tensor:
-        return self.guidance.applies(schedule, t)
+    def applies(self, schedule: Schedule, t: Tensor, scale: float) -> Tensor:
+        return self.guidance.applies(schedule, t, scale)
 
-    def pair(self, denoiser: Denoiser, inputs: Inputs, negative: Inputs, fields: Fields | None) -> Pair:
-        return self.guidance.pair(denoiser, inputs, negative, fields)
+    def pair(self, denoiser: Denoiser, cond: Cond, uncond: Cond, fields: Fields | None) -> Pair:
+        return self.guidance.pair(denoiser, cond, uncond, fields)
 
-    def rule(self, schedule: Schedule) -> Rule:
-        return self.guidance.rule(schedule)
+    def rule(self, schedule: Schedule, scale: float) -> Rule:
+        return self.guidance.rule(schedule, scale)
 
 
-def of_x0(x0: Tensor, z: Tensor, t: Tensor, schedule: Schedule) -> Denoised:
-    """The estimate with this x0 that z = alpha x0 + sigma eps leaves, all shaped like z [B, ...]; t [B]."""
+def from_x0(x0: Tensor, z: Tensor, t: Tensor, schedule: Schedule) -> Denoised:
+    """The estimate with this x0 and the eps that z = alpha x0 + sigma eps gives, shaped like z [B, ...]; t [B]."""
     level = schedule(t)
     return Denoised(x0, (z - broadcast(level.alpha, z) * x0) / broadcast(level.sigma, z))
 
 
-def features_of(x: Tensor) -> tuple[int, ...]:
-    """All dimensions of x [B, ...] but the batch's."""
+def feature_dims(x: Tensor) -> tuple[int, ...]:
+    """All dimensions of x [B, ...] except the batch's."""
     return tuple(range(1, x.ndim))

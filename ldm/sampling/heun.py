@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from ldm.diffusion.denoiser import Denoise
-from ldm.sampling.sampler import Noise, OnStep, Sampler, Steps
+from ldm.sampling.sampler import Noise, Sampler, Steps
 
 
 class Heun(Sampler):
@@ -12,20 +12,12 @@ class Heun(Sampler):
     A step to the data, or from a level without signal (s is infinite there), is Euler's, with one call.
     """
 
-    def __call__(
-        self,
-        denoise: Denoise,
-        z: Tensor,
-        steps: Steps,
-        noise: Noise,
-        on_step: OnStep = lambda done: None,
-    ) -> Tensor:
-        for done, (now, then) in enumerate(steps, start=1):
-            estimate = denoise(z, now.t)
-            z = estimate.mix(then.alpha, then.sigma)  # Euler
+    def __call__(self, denoise: Denoise, z: Tensor, steps: Steps, noise: Noise) -> Tensor:
+        for now, then in steps:
+            x0, eps = denoise(z, now.t)
+            z_next = then.alpha * x0 + then.sigma * eps  # Euler
             if then.sigma > 0 and now.alpha > 0:
-                half = then.alpha * (then.ratio - now.ratio) / 2
-                denoise(z, then.t).add_to_(z, 0.0, half)
-                estimate.add_to_(z, 0.0, -half)
-            on_step(done)
+                slope = (eps + denoise(z_next, then.t).eps) / 2
+                z_next = then.alpha * (z / now.alpha + (then.ratio - now.ratio) * slope)
+            z = z_next
         return z

@@ -13,7 +13,7 @@ class Interval(Wrapping):
     """Guides where sigma_low < sigma / alpha <= sigma_high; elsewhere only the condition is computed.
 
     Kynkaanniemi et al. 2024, "Applying Guidance in a Limited Interval Improves Sample and Distribution Quality in
-    Diffusion Models": guidance harms at high noise levels and is of no use at low ones. The levels are
+    Diffusion Models": guidance harms at high noise levels and does not help at low ones. The levels are
     sigma / alpha, the noise on data of unit alpha: 0.03 to 14.6 for Stable Diffusion's schedule.
     """
 
@@ -26,7 +26,7 @@ class Interval(Wrapping):
         self.sigma_low = sigma_low
         self.sigma_high = sigma_high
 
-    def applies(self, schedule: Schedule, t: Tensor) -> Tensor:
+    def applies(self, schedule: Schedule, t: Tensor, scale: float) -> Tensor:
         level = schedule(t.cpu())
         ratio = level.sigma / level.alpha
-        return (ratio > self.sigma_low) & (ratio <= self.sigma_high) & self.guidance.applies(schedule, t)
+        return (ratio > self.sigma_low) & (ratio <= self.sigma_high) & self.guidance.applies(schedule, t, scale)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ldm.diffusion.denoiser import Denoise
 from ldm.errors import UserError
-from ldm.sampling.sampler import Noise, OnStep, Sampler, Steps
+from ldm.sampling.sampler import Noise, Sampler, Steps, weighted_sum
 
 
 class LMS(Sampler):
@@ -22,25 +22,16 @@ class LMS(Sampler):
             raise UserError(f"order={order}: expected 1 to 4")
         self.order = order
 
-    def __call__(
-        self,
-        denoise: Denoise,
-        z: Tensor,
-        steps: Steps,
-        noise: Noise,
-        on_step: OnStep = lambda done: None,
-    ) -> Tensor:
+    def __call__(self, denoise: Denoise, z: Tensor, steps: Steps, noise: Noise) -> Tensor:
         slopes: list[tuple[float, Tensor]] = []  # (s, eps), the newest last
-        for done, (now, then) in enumerate(steps, start=1):
-            estimate = denoise(z, now.t)
+        for now, then in steps:
+            x0, eps = denoise(z, now.t)
             if now.alpha == 0:
-                z = estimate.mix(then.alpha, then.sigma)
-            else:
-                slopes = [*slopes, (now.ratio, estimate.eps)][-self.order :]
-                z = z * (then.alpha / now.alpha)
-                for weight, (_, eps) in zip(weights([s for s, _ in slopes], then.ratio), slopes, strict=True):
-                    z.add_(eps, alpha=then.alpha * weight)
-            on_step(done)
+                z = then.alpha * x0 + then.sigma * eps  # Euler
+                continue
+            slopes = [*slopes, (now.ratio, eps)][-self.order :]
+            coefficients = weights([s for s, _ in slopes], then.ratio)
+            z = then.alpha * (z / now.alpha + weighted_sum(coefficients, [eps for _, eps in slopes]))
         return z
 
 

@@ -1,12 +1,11 @@
 """PLMS, Stable Diffusion's default (Liu et al. 2022, "Pseudo Numerical Methods for Diffusion Models on Manifolds")."""
 
 from collections import deque
-from collections.abc import Iterable
 
 from torch import Tensor
 
 from ldm.diffusion.denoiser import Denoise
-from ldm.sampling.sampler import Noise, OnStep, Point, Sampler, Steps
+from ldm.sampling.sampler import Noise, Point, Sampler, Steps, weighted_sum
 
 ADAMS_BASHFORTH = (
     (1.0,),
@@ -24,35 +23,24 @@ class PLMS(Sampler):
     taken with it. The first step is the improved Euler's and makes one more network call.
     """
 
-    def __call__(
-        self,
-        denoise: Denoise,
-        z: Tensor,
-        steps: Steps,
-        noise: Noise,
-        on_step: OnStep = lambda done: None,
-    ) -> Tensor:
+    def __call__(self, denoise: Denoise, z: Tensor, steps: Steps, noise: Noise) -> Tensor:
         history: deque[Tensor] = deque(maxlen=4)  # eps of the last steps, the newest first
-        for done, (now, then) in enumerate(steps, start=1):
-            estimate = denoise(z, now.t)
-            if now.alpha == 0:  # z says nothing of x0, so eps is no slope for the next steps
-                z = estimate.mix(then.alpha, then.sigma)
+        for now, then in steps:
+            x0, eps = denoise(z, now.t)
+            if now.alpha == 0:  # z does not depend on x0, so eps is not a slope for the next steps
+                z = then.alpha * x0 + then.sigma * eps
+                continue
+            history.appendleft(eps)
+            if len(history) == 1 and then.sigma > 0:  # the improved Euler method
+                ahead = denoise(then.alpha * x0 + then.sigma * eps, then.t).eps
+                eps = (eps + ahead) / 2
             else:
-                history.appendleft(estimate.eps)
-                if len(history) == 1 and then.sigma > 0:
-                    ahead = denoise(estimate.mix(then.alpha, then.sigma), then.t).eps
-                    z = transferred(z, now, then, [ahead, *history], (0.5, 0.5))
-                else:
-                    z = transferred(z, now, then, history, ADAMS_BASHFORTH[len(history) - 1])
-            on_step(done)
+                eps = weighted_sum(ADAMS_BASHFORTH[len(history) - 1], history)
+            z = transfer(z, eps, now, then)
         return z
 
 
-def transferred(z: Tensor, now: Point, then: Point, slopes: Iterable[Tensor], weights: Iterable[float]) -> Tensor:
-    """DDIM's step from `now` to `then` with eps the weighted sum of `slopes`."""
-    scale = then.alpha / now.alpha
-    gain = then.sigma - now.sigma * scale
-    z = z * scale
-    for slope, weight in zip(slopes, weights, strict=True):
-        z.add_(slope, alpha=gain * weight)
-    return z
+def transfer(z: Tensor, eps: Tensor, now: Point, then: Point) -> Tensor:
+    """DDIM's step from `now` to `then` with this eps (eq. 11)."""
+    x0 = (z - now.sigma * eps) / now.alpha
+    return then.alpha * x0 + then.sigma * eps

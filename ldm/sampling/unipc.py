@@ -8,11 +8,11 @@ from torch import Tensor
 
 from ldm.diffusion.denoiser import Denoise
 from ldm.errors import UserError
-from ldm.sampling.sampler import Noise, OnStep, Point, Sampler, Steps
+from ldm.sampling.sampler import Noise, Point, Sampler, Steps, weighted_sum
 
 
 class Estimate(NamedTuple):
-    """A point that has been visited, and the estimate of x0 there."""
+    """The estimate of x0 at a point of the grid."""
 
     at: Point
     x0: Tensor
@@ -22,8 +22,8 @@ class UniPC(Sampler):
     """UniPC-p in half log-SNR, predicting data, B(h) = e^h - 1 ("B2"); one network call a step.
 
     The estimate at a predicted point corrects that point (UniC), which raises the order to p + 1, and predicts
-    the next one (UniP). The first steps are of lower order, and the last ones too where the grid ends at the
-    data. A step from a level without signal, where log-SNR is infinite, is DDIM's and begins anew.
+    the next one (UniP). The first steps are of lower order, and so are the last ones where the grid ends at the
+    data. A step from a level without signal, where log-SNR is infinite, is DDIM's and does not enter the history.
     """
 
     def __init__(self, order: int = 2) -> None:
@@ -31,52 +31,36 @@ class UniPC(Sampler):
             raise UserError(f"order={order}: expected 1 to 3 (2 with guidance, 3 without)")
         self.order = order
 
-    def __call__(
-        self,
-        denoise: Denoise,
-        z: Tensor,
-        steps: Steps,
-        noise: Noise,
-        on_step: OnStep = lambda done: None,
-    ) -> Tensor:
-        to_the_data = steps[-1][1].sigma == 0
+    def __call__(self, denoise: Denoise, z: Tensor, steps: Steps, noise: Noise) -> Tensor:
+        ends_at_data = steps.points[-1].sigma == 0
         history: list[Estimate] = []  # the newest first
-        before, used = z, 0  # z one step ago, and the order of the step that was taken from there
-        for done, (now, then) in enumerate(steps, start=1):
-            estimate = denoise(z, now.t)
-            x0 = estimate.x0
-            if used:
-                z = advanced(before, now, history[:used], x0)
+        z_previous, order = z, 0  # z one step ago, and the order of the step from there
+        for done, (now, then) in enumerate(steps):
+            x0, eps = denoise(z, now.t)
             if now.alpha == 0:
-                before, used, history = z, 0, []
-                z = estimate.mix(then.alpha, then.sigma)
-            else:
-                history = [Estimate(now, x0), *history][: self.order]
-                left = len(steps) - done + 1
-                before, used = z, min(len(history), left if to_the_data else self.order)
-                z = advanced(z, then, history[:used])
-            on_step(done)
+                z = then.alpha * x0 + then.sigma * eps
+                continue
+            if order:
+                z = advance(z_previous, now, [*history[:order], Estimate(now, x0)])  # UniC
+            history = [Estimate(now, x0), *history][: self.order]
+            order = min(len(history), len(steps) - done if ends_at_data else self.order)
+            z_previous, z = z, advance(z, then, history[:order])  # UniP
         return z
 
 
-def advanced(z: Tensor, then: Point, history: Sequence[Estimate], x0: Tensor | None = None) -> Tensor:
-    """z, which lies at history[0], taken to `then`: predicted, or corrected by `x0`, the estimate there.
+def advance(z: Tensor, then: Point, estimates: Sequence[Estimate]) -> Tensor:
+    """z, which lies at the first estimate's point, taken to `then`.
 
-    z' = sigma'/sigma z + gain (x0_0 + sum_k rho_k (x0_k - x0_0) / r_k), for predicted data.
+    z' = sigma'/sigma z + gain (x0 + sum_k rho_k (x0_k - x0) / r_k), where the k-th of the other estimates lies r_k
+    steps away: in the past (UniP), or at `then` itself (UniC).
     """
-    now = history[0].at
+    now, x0 = estimates[0]
     h = then.half_log_snr - now.half_log_snr
-    ratios = [(past.at.half_log_snr - now.half_log_snr) / h for past in history[1:]]
-    tensors = [past.x0 for past in history]
-    if x0 is not None:
-        ratios.append(1.0)
-        tensors.append(x0)
-    parts = [rho / r for rho, r in zip(rhos(ratios, h), ratios, strict=True)]
+    ratios = [(other.at.half_log_snr - now.half_log_snr) / h for other in estimates[1:]]
+    weights = [rho / r for rho, r in zip(rhos(ratios, h), ratios, strict=True)]
     gain = -then.alpha * expm1(-h)
-    z = z * (then.sigma / now.sigma)
-    for tensor, part in zip(tensors, [1.0 - sum(parts), *parts], strict=True):
-        z.add_(tensor, alpha=gain * part)
-    return z
+    D = weighted_sum([1.0 - sum(weights), *weights], [x0, *(other.x0 for other in estimates[1:])])
+    return then.sigma / now.sigma * z + gain * D
 
 
 def rhos(ratios: Sequence[float], h: float) -> list[float]:

@@ -7,6 +7,7 @@ from types import FrameType
 from typing import Any
 
 import pytorch_lightning as pl
+from pytorch_lightning.callbacks import Checkpoint
 
 from ldm.checkpoint import keep_last
 from ldm.data.loading.datamodule import ShardDataModule
@@ -15,17 +16,32 @@ from ldm.errors import UserError
 PATTERN = "step_*"
 
 
-class Checkpoints(pl.Callback):
-    """Saves `folder/step_N` every so many steps, asked by SIGTERM or Ctrl-C before stopping, and at the end.
+class DataPosition(pl.Callback):
+    """Advances the data module with the optimizer's steps: never with the loader, which reads ahead.
 
-    The end is the last step, or an early one (`max_time`, another callback). The last `keep` are kept. A second
-    Ctrl-C stops at once. The trainer needs a FolderCheckpointIO, which writes whole or not at all.
+    It has to come before every callback that saves a checkpoint.
     """
 
-    def __init__(self, folder: Path, every_n_steps: int = 1000, keep: int = 2) -> None:
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        datamodule = getattr(trainer, "datamodule", None)
+        if isinstance(datamodule, ShardDataModule):
+            datamodule.advance(trainer.global_step)
+
+
+class Checkpoints(Checkpoint):
+    """Saves `folder/step_N` every so many steps, on SIGTERM or Ctrl-C before stopping, and at the end.
+
+    The end is the last step, or an early one (`max_time`, another callback). The last `keep` are kept. A second
+    Ctrl-C stops at once. The trainer needs a FolderCheckpointIO, which writes whole or not at all. Lightning runs it
+    after all other callbacks, so that their states in the checkpoint are of the same step.
+    """
+
+    def __init__(self, folder: str, every_n_steps: int = 1000, keep: int = 2) -> None:
         if every_n_steps < 1 or keep < 1:
-            raise UserError(f"checkpoints: every_n_steps={every_n_steps} and keep={keep} have to be 1 or more")
-        self.folder = folder
+            raise UserError(f"callbacks.checkpoints: every_n_steps={every_n_steps}, keep={keep}: give 1 or more")
+        self.folder = Path(folder)
         self.every_n_steps = every_n_steps
         self.keep = keep
         self.stopped_by: int | None = None
@@ -47,9 +63,6 @@ class Checkpoints(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         step = trainer.global_step
-        datamodule = getattr(trainer, "datamodule", None)
-        if isinstance(datamodule, ShardDataModule):
-            datamodule.advance(step)  # with the optimizer, never with the loader, which reads ahead
         if step == self._saved_step or (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
         stop = self._asked_to_stop(trainer, step)
@@ -67,20 +80,20 @@ class Checkpoints(pl.Callback):
             signal.signal(number, self._ask)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Saves where training ended early and in order; an error or a kill does not come here."""
+        """Saves where training ended early without an error."""
         if trainer.global_step != self._saved_step:
             self._save(trainer, trainer.global_step)
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Says that the epoch goes on, since it is the whole run: at the end Lightning has counted it as done."""
+        """Marks the epoch as unfinished, since it is the whole run: at the end Lightning has counted it as done."""
         epochs = checkpoint["loops"]["fit_loop"]["epoch_progress"]
         for count in (epochs["total"], epochs["current"]):
             count["processed"] = count["completed"] = 0
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Gives the signals back, however the run ended."""
+        """Restores the signal handlers, however the run ended."""
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
         self._handlers = {}

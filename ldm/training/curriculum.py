@@ -3,7 +3,6 @@
 import logging
 import signal
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,35 +11,31 @@ import pytorch_lightning as pl
 
 from ldm.checkpoint import find_latest
 from ldm.data.loading.datamodule import ShardDataModule
-from ldm.errors import UserError
+from ldm.errors import Interrupted, UserError
 from ldm.interop.model_folder import RECORD, write_model_folder
 from ldm.training.checkpointing import PATTERN, Checkpoints
-from ldm.training.ema import EMA
+from ldm.training.ema import averaged
 from ldm.training.module import TrainingModule
 
 log = logging.getLogger(__name__)
 
 
-class Interrupted(Exception):
-    """A run that was asked to stop and has saved its state; `exit_status` is 128 + the signal's number."""
-
-    def __init__(self, message: str, signal_number: int) -> None:
-        super().__init__(message)
-        self.exit_status = 128 + signal_number
-
-
 @dataclass
 class Job:
-    """A stage, built: what is trained, on what, by what."""
+    """A stage, built: what is trained, on what, by what; and what goes into the model folder."""
 
     module: TrainingModule
     datamodule: ShardDataModule
     trainer: pl.Trainer
-    checkpoints: Checkpoints
-    ema: EMA | None
     config_text: str
     tokenizer: Path | None
     record: dict[str, Any]
+
+    @property
+    def checkpoints(self) -> Checkpoints | None:
+        """The callback that saves checkpoints, if there is one."""
+        callbacks: list[pl.Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
+        return next((callback for callback in callbacks if isinstance(callback, Checkpoints)), None)
 
 
 @dataclass
@@ -54,7 +49,7 @@ class Stage:
 
     @property
     def model(self) -> Path:
-        """Where the finished model stands."""
+        """The folder of the finished model."""
         return self.folder / "model"
 
     @property
@@ -65,13 +60,14 @@ class Stage:
 def run(stages: list[Stage], finished: dict[str, Path]) -> dict[str, Path]:
     """Runs the stages in order; returns the model folders by stage, `finished` (earlier ones) included.
 
-    Each stage goes on from its newest whole checkpoint, if it has one. Raises Interrupted when asked to stop.
+    Each stage resumes from its newest whole checkpoint, if it has one. Raises Interrupted when asked to stop.
     """
     models = dict(finished)
-    for stage in stages:
+    for number, stage in enumerate(stages, start=1):
         if stage.finished:
-            log.info("stage %s is finished: %s", stage.name, stage.model)
+            log.info("stage %s (%d of %d) is finished: %s", stage.name, number, len(stages), stage.model)
         else:
+            log.info("stage %s (%d of %d): %s", stage.name, number, len(stages), stage.folder)
             _train(stage, stage.build(models))
         models[stage.name] = stage.model
     return models
@@ -79,19 +75,19 @@ def run(stages: list[Stage], finished: dict[str, Path]) -> dict[str, Path]:
 
 def _train(stage: Stage, job: Job) -> None:
     latest = stage.resume_from or find_latest(stage.folder / "checkpoints", PATTERN)
-    log.info("stage %s: %s", stage.name, f"goes on from {latest}" if latest else "starts")
+    if latest:
+        log.info("stage %s resumes from %s", stage.name, latest)
     job.trainer.fit(job.module, datamodule=job.datamodule, ckpt_path=latest)
-    if job.checkpoints.stopped_by is not None:
-        name = signal.Signals(job.checkpoints.stopped_by).name
-        raise Interrupted(
-            f"stage {stage.name} stopped by {name} after step {job.trainer.global_step} of {job.trainer.max_steps}; "
-            "its state is saved, go on with resume=auto",
-            job.checkpoints.stopped_by,
-        )
+    steps = f"step {job.trainer.global_step} of {job.trainer.max_steps}"
+    saved = "its state is saved: continue with resume=auto" if job.checkpoints else "nothing is saved (no checkpoints)"
+    stopped_by = job.checkpoints.stopped_by if job.checkpoints else None
+    if stopped_by is not None:
+        name = signal.Signals(stopped_by).name
+        raise Interrupted(f"stage {stage.name} stopped by {name} after {steps}; {saved}", stopped_by)
     if job.trainer.global_step < job.trainer.max_steps:
         raise UserError(
-            f"stage {stage.name} ended at step {job.trainer.global_step} of {job.trainer.max_steps}: a time or "
-            "batch limit of the trainer stopped it; its state is saved, go on with resume=auto and a larger limit"
+            f"stage {stage.name} ended at {steps}: a time or batch limit of the trainer, or a callback, stopped it; "
+            f"{saved}, with a larger limit"
         )
     _export(stage, job)
 
@@ -101,17 +97,16 @@ def _export(stage: Stage, job: Job) -> None:
     trainer, module = job.trainer, job.module
     if trainer.is_global_zero:
         raw = {name: p.detach().clone() for name, p in module.trainable_parameters().items()}
-        with job.ema.swapped_in(module) if job.ema else nullcontext():
+        with averaged(trainer) as has_average:
             facts = module.finalize(job.datamodule)
-            state = {
-                name: tensor.detach().to("cpu", copy=True) for name, tensor in module.export_module.state_dict().items()
-            }
-        average = {name: state[name] for name in raw} if job.ema else None
+            weights = module.export_module.state_dict()
+            state = {name: tensor.detach().to("cpu", copy=True) for name, tensor in weights.items()}
+        average = {name: state[name] for name in raw} if has_average else None
         record = job.record | {
             "kind": module.kind,
             "stage": stage.name,
             "step": trainer.global_step,
-            "train_seconds": round(job.checkpoints.train_seconds, 1),
+            "train_seconds": round(job.checkpoints.train_seconds if job.checkpoints else 0.0, 1),
             **facts,
         }
         state |= {name: p.cpu() for name, p in raw.items()}

@@ -1,20 +1,22 @@
 """The second stage: conditional diffusion in the latents of a frozen first stage."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ldm.data.loading.batch import Batch
 from ldm.diffusion.loss import DenoisingLoss, DiffusionLoss, NoiseKeys
+from ldm.evaluation.grids import labelled_grid
+from ldm.generation import Generator, Request
 from ldm.latent_diffusion import LatentDiffusion
-from ldm.training.module import MakeLRSchedule, MakeOptimizer, TrainingModule
+from ldm.training.module import MakeLRSchedule, MakeOptimizer, Preview, TrainingModule
 
 
 class DiffusionModule(TrainingModule):
     """Trains the denoiser, and conditioner and loss where they learn (Rombach et al. 2022, eq. 3)."""
-
-    kind = "diffusion"
 
     def __init__(
         self,
@@ -31,12 +33,8 @@ class DiffusionModule(TrainingModule):
         self.make_optimizer = optimizer
         self.make_lr_schedule = lr_schedule
 
-    @property
-    def export_module(self) -> nn.Module:
-        return self.latent_diffusion
-
-    def compile_networks(self) -> None:
-        self.latent_diffusion.denoiser.network.compile()
+    def compiled_networks(self) -> list[nn.Module]:
+        return [self.latent_diffusion.denoiser.network]
 
     def setup(self, stage: str) -> None:
         """Refuses a size that the first stage can't divide and latents of another one, before anything runs."""
@@ -66,8 +64,27 @@ class DiffusionModule(TrainingModule):
         result = self.denoising_loss(batch, conditioning_dropout=False)
         self.log("val/loss", result.loss, batch_size=len(batch.images), sync_dist=True, prog_bar=True)
 
+    @torch.inference_mode()
+    def draw_preview(self, path: Path, batch: Batch, preview: Preview) -> bool:
+        """Draws labelled samples of the preview's prompts, or of the batch's texts."""
+        generator = Generator(self.latent_diffusion)
+        requests = _preview_requests(batch, preview)
+        size = (batch.images.shape[2], batch.images.shape[3])
+        images = list(generator.generate(requests, size, preview.sampling))
+        labelled_grid(images, [" / ".join(request.fields.values()) for request in requests], path)
+        return True
+
     def configure_optimizers(self) -> Any:
-        return self.configure_with(self.make_optimizer, self.make_lr_schedule, self.parameters())
+        return self.configure_with(self.make_optimizer, self.make_lr_schedule, self.named_parameters())
+
+
+def _preview_requests(batch: Batch, preview: Preview) -> list[Request]:
+    if preview.prompts is not None:
+        texts = [preview.prompts[i % len(preview.prompts)] for i in range(preview.n)]
+        return [Request({"caption": text}, preview.seed + i) for i, text in enumerate(texts)]
+    fields = {name: values for name, values in batch.fields.items() if isinstance(values, list)}
+    rows = zip(*fields.values(), strict=True)
+    return [Request(dict(zip(fields, row, strict=True)), preview.seed + i) for i, row in enumerate(rows)]
 
 
 def condition_fields(batch: Batch) -> dict[str, Sequence[str] | Tensor]:

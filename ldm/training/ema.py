@@ -21,7 +21,7 @@ class EMA(pl.Callback):
 
     def __init__(self, decay: float = 0.9999) -> None:
         if not 0 <= decay < 1:
-            raise UserError(f"ema.decay={decay}: expected a number from 0 to below 1 (SD uses 0.9999)")
+            raise UserError(f"callbacks.ema.decay={decay}: expected a number from 0 to below 1 (SD uses 0.9999)")
         self.decay = decay
         self.updates = 0
         self.average: dict[str, Tensor] = {}
@@ -78,6 +78,17 @@ class EMA(pl.Callback):
             own = parameter.detach().clone()
             parameter.copy_(self.average[name])
             self.average[name].copy_(own)
+
+
+@contextmanager
+def averaged(trainer: pl.Trainer) -> Iterator[bool]:
+    """The trained module with its EMA's weights for a `with` block; False where no EMA is among the callbacks."""
+    ema = next((callback for callback in trainer.callbacks if isinstance(callback, EMA)), None)  # type: ignore[attr-defined]
+    if ema is None:
+        yield False
+        return
+    with ema.swapped_in(_module(trainer.lightning_module)):
+        yield True
 
 
 def _module(module: pl.LightningModule) -> TrainingModule:

@@ -1,5 +1,6 @@
 """The first stage's training: an autoencoder and, where the loss has one, its discriminator, in turn."""
 
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -9,11 +10,12 @@ from torch import Tensor, nn
 from ldm.data.loading.batch import Batch
 from ldm.data.loading.datamodule import ShardDataModule
 from ldm.errors import UserError
+from ldm.evaluation.grids import paired_grid
 from ldm.evaluation.reconstruction import psnr
 from ldm.first_stage.autoencoder import FirstStage
 from ldm.first_stage.loss import FirstStageLoss
 from ldm.randomness import fold, normal
-from ldm.training.module import MakeLRSchedule, MakeOptimizer, TrainingModule
+from ldm.training.module import MakeLRSchedule, MakeOptimizer, Preview, TrainingModule
 
 
 class FirstStageModule(TrainingModule):
@@ -24,6 +26,8 @@ class FirstStageModule(TrainingModule):
     """
 
     kind = "first_stage"
+    exported = "first_stage"
+    objective = "val/psnr"
 
     def __init__(
         self,
@@ -46,12 +50,12 @@ class FirstStageModule(TrainingModule):
         self.statistics_images = statistics_images
 
     @property
-    def export_module(self) -> nn.Module:
-        return self.first_stage
+    def unused_parameters(self) -> bool:  # type: ignore[override]
+        """Whether there is a discriminator: each of the two steps leaves the other's parameters alone."""
+        return self.loss.discriminator is not None
 
-    def compile_networks(self) -> None:
-        self.first_stage.encoder.compile()
-        self.first_stage.decoder.compile()
+    def compiled_networks(self) -> list[nn.Module]:
+        return [self.first_stage.encoder, self.first_stage.decoder]
 
     def setup(self, stage: str) -> None:
         """Refuses what would fail later: a size that does not divide, Lightning's own accumulation."""
@@ -69,7 +73,7 @@ class FirstStageModule(TrainingModule):
         step = self.trainer.global_step
         reconstruction = self.first_stage(batch.images, self._noise(batch.images, batch.rng_keys))
 
-        loss, logs = self.loss.generator(batch.images, reconstruction, step, self.first_stage.last_layer)
+        loss, logs = self.loss.generator(batch.images, reconstruction, step, self.first_stage)
         self._step(optimizers[0], loss, self.first_stage)
         if len(optimizers) > 1 and self.loss.adversarial_at(step):
             fake = reconstruction.images.detach()
@@ -86,11 +90,19 @@ class FirstStageModule(TrainingModule):
         value = psnr(images.float() / 2 + 0.5, batch.images / 2 + 0.5).mean()
         self.log("val/psnr", value, batch_size=len(images), sync_dist=True, prog_bar=True)
 
+    @torch.inference_mode()
+    def draw_preview(self, path: Path, batch: Batch, preview: Preview) -> bool:
+        """Draws the batch's pictures above what the first stage makes of them (of its mean, without noise)."""
+        images = batch.images.to(self.device)  # [n, 3, H, W]
+        decoded = self.first_stage.decode(self.first_stage.encode(images)).float()
+        paired_grid(images / 2 + 0.5, (decoded / 2 + 0.5).clamp(0, 1), path)
+        return True
+
     def configure_optimizers(self) -> Any:
-        own = self.configure_with(self.make_optimizer, self.make_lr_schedule, self.first_stage.parameters())
+        own = self.configure_with(self.make_optimizer, self.make_lr_schedule, self.first_stage.named_parameters())
         if self.loss.discriminator is None:
             return own
-        parameters = self.loss.discriminator.parameters()
+        parameters = self.loss.discriminator.named_parameters()
         return [own, self.configure_with(self.make_optimizer, self.make_lr_schedule, parameters)]
 
     @torch.no_grad()

@@ -66,7 +66,7 @@ class MetricsFile(Logger):
 
 
 class Rewind(pl.Callback):
-    """Rewinds a metrics file to the step that training goes on from."""
+    """Rewinds a metrics file to the step that training resumes from."""
 
     def __init__(self, file: MetricsFile) -> None:
         self.file = file
@@ -81,13 +81,20 @@ def last_value(path: Path, name: str) -> float:
 
     Raises UserError where the file has no such column.
     """
-    written = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    lines = [json.loads(line) for line in written if line.endswith("\n")]
-    values = [line[name] for line in lines if name in line]
+    values = [line[name] for line in _lines(path) if name in line]
     if not values:
-        known = dict.fromkeys(column for line in lines for column in line)
-        raise UserError(f"{name}: {path} has no such column; {nearest(name, list(known))}")
+        raise UserError(f"{name}: {path} has no such column; {nearest(name, logged_columns(path))}")
     return math.nan if values[-1] is None else float(values[-1])
+
+
+def logged_columns(path: Path) -> list[str]:
+    """The columns of a metrics file, in the order of their first appearance."""
+    return list(dict.fromkeys(column for line in _lines(path) for column in line))
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    written = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    return [json.loads(line) for line in written if line.endswith("\n")]
 
 
 def _number(value: float) -> float | None:

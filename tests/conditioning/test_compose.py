@@ -1,4 +1,4 @@
-"""Two text encoders joined as SDXL joins its two."""
+"""Conditioners joined along the features, as SDXL's two text encoders, and along the sequence, as SD 3's."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ def test_tokens_and_vectors_stand_side_by_side(make_encoder, tokenizer):
     assert torch.equal(both.tokens, torch.cat([small(FIELDS).tokens, large(FIELDS).tokens], dim=2))
     assert torch.equal(both.vector, large(FIELDS).vector)
     assert torch.equal(both.mask, small(FIELDS).mask)
-    assert Compose([small, large]).empty(5).tokens.shape == (5, 77, 40)
+    assert Compose([small, large]).widths(4) == (40, 24, 0)
 
 
 def test_vectors_stand_in_the_parts_order(make_encoder, tokenizer):
@@ -41,7 +41,7 @@ def test_one_field_is_dropped_in_all_parts_together(make_encoder, tokenizer):
     parts = [TextConditioner(make_encoder(seed), tokenizer, dropout=0.5) for seed in (0, 1)]
     fields = {"caption": ["a red circle"] * 12}
     tokens = Compose(parts)(fields, keys(3, count=12)).tokens
-    empty = Compose(parts).empty(12).tokens
+    empty = Compose(parts)({"caption": [""] * 12}).tokens
     first, second = torch.isclose(tokens, empty, atol=1e-5).all(dim=1).split(16, dim=1)
     assert torch.equal(first.all(dim=1), second.all(dim=1))
     assert 0 < first.all(dim=1).sum() < 12

@@ -8,8 +8,8 @@ import torch
 from ldm.conditioning import (
     TextConditioner,
     clip_text_from_config,
-    clip_text_from_pretrained,
-    dropped,
+    dropout_mask,
+    text_encoder_from_pretrained,
     tokenizer_from_pretrained,
 )
 from ldm.errors import UserError
@@ -48,13 +48,13 @@ def test_pooled_is_the_state_at_the_first_end_token(make_encoder, tokenizer):
     for row, length in enumerate(lengths):
         assert torch.equal(condition.vector[row], last[row, length - 1])
         assert condition.mask[row].tolist() == [position < length for position in range(77)]
-    ids = TextConditioner(encoder, tokenizer).tokens(CAPTIONS)
+    ids, _ = TextConditioner(encoder, tokenizer).tokenize(CAPTIONS)
     assert torch.equal(condition.vector, encoder(input_ids=ids).pooler_output)
 
 
 def test_no_keys_no_dropout_and_empty_is_the_empty_caption(make_encoder, tokenizer):
     conditioner = TextConditioner(make_encoder(), tokenizer, dropout=1.0)
-    empty = conditioner.empty(3)
+    empty = conditioner({"caption": [""] * 3})
     plain = conditioner(FIELDS)
     assert torch.equal(empty.tokens[2], plain.tokens[2])
     assert not torch.allclose(empty.tokens[0], plain.tokens[0])
@@ -65,19 +65,19 @@ def test_a_row_is_dropped_exactly_where_its_key_says(make_encoder, tokenizer):
     conditioner = TextConditioner(make_encoder(), tokenizer, dropout=0.5)
     visit = keys(0, 1, count=16)
     fields = {"caption": ["a red circle"] * 16}
-    drop = dropped(visit, "caption", 0.5)
+    drop = dropout_mask(visit, "caption", 0.5)
     assert 0 < drop.sum() < 16
-    expected = conditioner(fields).where(drop, conditioner.empty(16))
+    expected = conditioner(fields).where(drop, conditioner({"caption": [""]}))
     assert torch.allclose(conditioner(fields, visit).tokens, expected.tokens, atol=1e-6)
 
 
 def test_dropout_has_its_rate_and_is_redrawn_at_each_visit():
-    first, second = (dropped(keys(0, step, count=4000), "caption", 0.1) for step in (0, 1))
+    first, second = (dropout_mask(keys(0, step, count=4000), "caption", 0.1) for step in (0, 1))
     rates = [drop.float().mean().item() for drop in (first, second)]
     assert all(abs(rate - 0.1) < 4 * (0.09 / 4000) ** 0.5 for rate in rates), rates
     assert not torch.equal(first, second)
     assert abs((first & second).float().mean().item() - 0.01) < 0.007
-    other = dropped(keys(0, 0, count=4000), "title", 0.1)
+    other = dropout_mask(keys(0, 0, count=4000), "title", 0.1)
     assert not torch.equal(first, other)
 
 
@@ -99,7 +99,7 @@ def test_a_long_caption_keeps_its_end_token_and_is_counted(make_encoder, tokeniz
     conditioner = TextConditioner(make_encoder(), tokenizer, max_length=8, pooled=True)
     long = "a red circle above a blue square " * 3
     with caplog.at_level(logging.WARNING):
-        ids = conditioner.tokens([long, "a red circle", long])
+        ids, _ = conditioner.tokenize([long, "a red circle", long])
     assert ids.shape == (3, 8)
     assert ids[0, 0] == tokenizer.bos_token_id and ids[0, -1] == tokenizer.eos_token_id
     assert ids[0, :-1].tolist() == tokenizer(long)["input_ids"][:7]
@@ -112,7 +112,7 @@ def test_tokens_are_what_diffusers_pipelines_feed(make_encoder, tokenizer):
     """Its call, from StableDiffusionPipeline.encode_prompt."""
     captions = [*CAPTIONS, "a red circle above a blue square " * 20]
     theirs = tokenizer(captions, padding="max_length", max_length=77, truncation=True, return_tensors="pt")
-    assert torch.equal(TextConditioner(make_encoder(), tokenizer).tokens(captions), theirs.input_ids)
+    assert torch.equal(TextConditioner(make_encoder(), tokenizer).tokenize(captions)[0], theirs.input_ids)
 
 
 def test_another_padding_leaves_the_words_as_they_are(make_encoder, tokenizer_folder, tokenizer):
@@ -120,7 +120,7 @@ def test_another_padding_leaves_the_words_as_they_are(make_encoder, tokenizer_fo
     padded = tokenizer_from_pretrained(str(tokenizer_folder), pad_token="!")
     captions = ["a red circle!", ""]
     theirs = tokenizer(captions)["input_ids"]
-    found = TextConditioner(make_encoder(), padded).tokens(captions).tolist()
+    found = TextConditioner(make_encoder(), padded).tokenize(captions)[0].tolist()
     assert found == [row + [0] * (77 - len(row)) for row in theirs]
     assert TextConditioner(make_encoder(), tokenizer).name != TextConditioner(make_encoder(), padded).name
     with pytest.raises(UserError, match="pad_token='<pad>': the tokenizer has no such token"):
@@ -134,7 +134,7 @@ def test_an_empty_caption_that_is_zero_still_has_tokens_to_attend_to(make_encode
 
 
 def test_an_empty_batch_has_no_tokens(make_encoder, tokenizer):
-    assert TextConditioner(make_encoder(), tokenizer).tokens([]).shape == (0, 77)
+    assert TextConditioner(make_encoder(), tokenizer).tokenize([])[0].shape == (0, 77)
 
 
 @pytest.mark.parametrize(
@@ -144,6 +144,7 @@ def test_an_empty_batch_has_no_tokens(make_encoder, tokenizer):
         ({"layer": 0}, "layers -3 to -1"),
         ({"layer": -4}, "layers -3 to -1"),
         ({"max_length": 78}, "2 to 77 tokens"),
+        ({"projection": torch.nn.Linear(16, 4)}, "pooled=true"),
     ],
 )
 def test_options_that_do_not_fit_are_refused(make_encoder, tokenizer, options, message):
@@ -171,14 +172,14 @@ def test_saved_parts_load_from_their_folders(make_encoder, tokenizer, tmp_path):
     encoder.save_pretrained(tmp_path / "text_encoder")
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     loaded = TextConditioner(
-        clip_text_from_pretrained(str(tmp_path), subfolder="text_encoder"),
+        text_encoder_from_pretrained(str(tmp_path), subfolder="text_encoder"),
         tokenizer_from_pretrained(str(tmp_path), subfolder="tokenizer"),
     )
     assert torch.equal(loaded(FIELDS).tokens, TextConditioner(encoder, tokenizer)(FIELDS).tokens)
 
 
 def test_what_cannot_be_downloaded_says_what_to_do(tmp_path):
-    for load in (clip_text_from_pretrained, tokenizer_from_pretrained):
+    for load in (text_encoder_from_pretrained, tokenizer_from_pretrained):
         with pytest.raises(UserError, match="hf download nobody/nothing --local-dir"):
             load("nobody/nothing")
         with pytest.raises(UserError, match="config"):

@@ -1,6 +1,6 @@
 """Every configs/metric/*.yaml: it builds, measures pictures, says what it depends on, and 1 process = 2 processes.
 
-Weights that are not to be had here are put in by the class that asks for them; a new metric over a network
+Weights that are not available here are replaced, by the class that has them; a new metric over a network
 that is listed in `weights` is covered as it stands.
 """
 
@@ -15,12 +15,13 @@ import torch.multiprocessing as mp
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from ldm.config.build import build, measures
+from ldm.commands.evaluate import build_metrics
+from ldm.config.check import build
 from ldm.config.compose import CONFIGS, compose
 from ldm.errors import UserError
 from ldm.evaluation.evaluate import ReferenceSet
 from ldm.evaluation.features import Features
-from ldm.evaluation.measures import Batch, Measure
+from ldm.evaluation.metric import Batch, Metric
 from ldm.evaluation.vision import ClipFeatures
 from ldm.examples.shapes import caption, splits
 
@@ -36,18 +37,18 @@ def weights(tiny_clip: Path, tiny_dinov2: Path, inception_file: Path) -> dict[st
         "ldm.evaluation.vision.ClipFeatures": {"source": str(tiny_clip)},
         "ldm.evaluation.vision.ClassTokenFeatures": {"source": str(tiny_dinov2)},
         "ldm.evaluation.vision.PooledFeatures": {"source": str(tiny_dinov2)},
-        "ldm.evaluation.measures.ClipScore": {"model": str(tiny_clip)},
+        "ldm.evaluation.clip_score.CLIPScore": {"model": str(tiny_clip)},
     }
 
 
-def measure_of(name: str, weights: dict[str, dict[str, str]], features: dict[str, Any] | None = None) -> Measure:
-    """The measure of a configuration with these weights, or with these features in the place of its own."""
+def metric_of(name: str, weights: dict[str, dict[str, str]], features: dict[str, Any] | None = None) -> Metric:
+    """The metric of a configuration with these weights, or with these features instead of its own."""
     node: dict[str, Any] = OmegaConf.to_container(OmegaConf.load(CONFIGS / "metric" / f"{name}.yaml"))  # type: ignore[assignment]
     if "features" in node:
         node["features"] = features or node["features"] | weights.get(node["features"]["_target_"], {})
-    measure = build(OmegaConf.create(node | weights.get(node["_target_"], {})))
-    assert isinstance(measure, Measure)
-    return measure
+    metric = build(OmegaConf.create(node | weights.get(node["_target_"], {})))
+    assert isinstance(metric, Metric)
+    return metric
 
 
 def pictures(n: int, seed: int) -> tuple[Tensor, list[str]]:
@@ -67,16 +68,21 @@ class Reference:
         return network(pictures(M, 1)[0])
 
 
-def measured(measure: Measure, indices: range) -> dict[str, list[float]]:
+def batch(images: Tensor, captions: list[str], first: int = 0) -> Batch:
+    return Batch(images, captions, torch.arange(first, first + len(images)))
+
+
+def measured(metric: Metric, indices: range) -> dict[str, list[float]]:
     """Values and intervals over the pictures of these indices, and over the other processes' ones."""
     images, captions = pictures(N, 0)
     reference = Reference()
-    measure.begin(reference)
-    measure.update(Batch(images.flip(0), captions[::-1]))
-    measure.begin(reference)  # anew: nothing of what came before is left
-    for i in indices:  # one at a time, since a batch holds consecutive pictures
-        measure.update(Batch(images[i : i + 1], captions[i : i + 1], i))
-    found = measure.values()
+    if metric.needs_reference:
+        metric.set_reference(reference)
+    metric.update(batch(images.flip(0), captions[::-1]))
+    metric.reset()  # nothing of what came before is left
+    for i in indices:
+        metric.update(batch(images[i : i + 1], captions[i : i + 1], i))
+    found = metric.compute()
     return {name: [v.value, v.ci_low or 0.0, v.ci_high or 0.0] for name, v in found.items()}
 
 
@@ -84,27 +90,29 @@ def measured(measure: Measure, indices: range) -> dict[str, list[float]]:
 def test_every_metric_measures_pictures_and_says_what_it_depends_on(
     name: str, weights: dict[str, dict[str, str]]
 ) -> None:
-    measure, reference = measure_of(name, weights), Reference()
+    metric, reference = metric_of(name, weights), Reference()
     images, captions = pictures(N, 0)
-    measure.begin(reference)
-    measure.update(Batch(images[:4], captions[:4]))
-    measure.update(Batch(images[4:], captions[4:], 4))
-    values = measure.values()
+    for _ in range(2):  # the features of a reference are extracted once
+        if metric.needs_reference:
+            metric.set_reference(reference)
+    metric.update(batch(images[:4], captions[:4]))
+    metric.update(batch(images[4:], captions[4:], 4))
+    values = metric.compute()
     assert values
     for value in values.values():
         assert isfinite(value.value)
         assert value.ci_low is not None and value.ci_high is not None
         assert value.ci_low <= value.value <= value.ci_high and value.ci_low < value.ci_high
-    assert len(reference.extracted) == int(measure.needs_reference)
-    assert all(len(told) > 10 for told in measure.descriptions().values()) and measure.descriptions()
-    if measure.needs_reference:
-        assert set(measure.descriptions()) == set(values)
+    assert len(reference.extracted) == int(metric.needs_reference)
+    assert all(len(text) > 10 for text in metric.descriptions().values()) and metric.descriptions()
+    if metric.needs_reference:
+        assert set(metric.descriptions()) == set(values)
 
 
 def of_all(weights: dict[str, dict[str, str]], indices: range) -> dict[str, dict[str, list[float]]]:
     """Every metric, over a tiny feature network: how features add up is not the network's business."""
     tiny = {"_target_": "ldm.evaluation.vision.ClipFeatures"} | weights["ldm.evaluation.vision.ClipFeatures"]
-    return {name: measured(measure_of(name, weights, tiny), indices) for name in METRICS}
+    return {name: measured(metric_of(name, weights, tiny), indices) for name in METRICS}
 
 
 def one_of_two(rank: int, weights: dict[str, dict[str, str]], folder: str) -> None:
@@ -129,14 +137,14 @@ def test_a_network_sees_each_picture_once_however_many_metrics_ask(
     weights: dict[str, dict[str, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tiny = {"_target_": "ldm.evaluation.vision.ClipFeatures"} | weights["ldm.evaluation.vision.ClipFeatures"]
-    both = [measure_of(name, weights, tiny) for name in ("fid", "kid")]
+    both = [metric_of(name, weights, tiny) for name in ("fid", "kid")]
     seen: list[int] = []
     extract = ClipFeatures.extract
     monkeypatch.setattr(ClipFeatures, "extract", lambda self, x: seen.append(len(x)) or extract(self, x))
-    batch = Batch(*pictures(N, 0))
-    for measure in both:
-        measure.begin(Reference())
-        measure.update(batch)
+    seen_by_both = batch(*pictures(N, 0))
+    for metric in both:
+        metric.set_reference(Reference())
+        metric.update(seen_by_both)
     assert seen == [M, N, M]  # `Reference` here keeps nothing, `ReferenceSet` does
 
 
@@ -145,7 +153,7 @@ def test_a_reference_set_keeps_its_features(tiny_shapes: Path, tiny_clip: Path, 
     forward, network.forward = network.forward, lambda x: seen.append(len(x)) or forward(x)  # type: ignore[method-assign]
     sets = [ReferenceSet("val", f"{tiny_shapes}/val", (32, 32), n, tmp_path) for n in (12, 12, 10)]
     found = [reference.features(network) for reference in (sets[0], *sets)]
-    assert seen == [12, 10]  # once in this process, once for the next one, and anew for another n
+    assert seen == [12, 10]  # once in this process, once for the next one, and again for another n
     assert torch.equal(found[0], found[2]) and found[0].shape == (12, 8)
     torch.testing.assert_close(found[3], found[0][:10])
 
@@ -157,9 +165,9 @@ def no_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path
     yield tmp_path / "hub" / "checkpoints"
 
 
-def test_a_metric_without_weights_is_told_and_the_others_are_built(no_weights: Path) -> None:
+def test_a_metric_without_weights_is_reported_and_the_others_are_built(no_weights: Path) -> None:
     options = compose("evaluate", ["checkpoint=x", "out=y"]).metric_options
-    found, missing = measures(["fid", "alignment", "clip_score"], options, torch.device("cpu"))
+    found, missing = build_metrics(["fid", "alignment", "clip_score"], options, torch.device("cpu"))
     assert len(found) == 1 and list(missing) == ["fid", "clip_score"]
     for told in ("pt_inception-2015-12-05-6726825d.pth", "https://github.com/mseitzer/pytorch-fid", str(no_weights)):
         assert told in missing["fid"]
@@ -167,13 +175,28 @@ def test_a_metric_without_weights_is_told_and_the_others_are_built(no_weights: P
     assert "hf download openai/clip-vit-large-patch14" in missing["clip_score"]
     assert "metric_options.clip_score.model" in missing["clip_score"]
     with pytest.raises(UserError, match="did you mean fid"):
-        measures(["fidd"], options, torch.device("cpu"))
+        build_metrics(["fidd"], options, torch.device("cpu"))
 
 
 def test_a_path_given_for_fid_is_kids_as_well(inception_file: Path) -> None:
     given = f"metric_options.fid.features.path={inception_file}"
     options = compose("evaluate", ["checkpoint=x", "out=y", given]).metric_options
-    found, missing = measures(["fid", "kid"], options, torch.device("cpu"))
-    assert [list(m.descriptions()) for m in found] == [["FID"], ["KID"]] and not missing
+    for names, labels in ((["fid", "kid"], [["FID"], ["KID"]]), (["kid"], [["KID"]])):
+        found, missing = build_metrics(names, options, torch.device("cpu"))
+        assert [list(m.descriptions()) for m in found] == labels and not missing
     with pytest.raises(UserError, match="has no such knob; did you mean path"):
-        measures(["kid"], OmegaConf.create({"kid": {"features": {"pth": "x"}}}), torch.device("cpu"))
+        build_metrics(["kid"], OmegaConf.create({"kid": {"features": {"pth": "x"}}}), torch.device("cpu"))
+
+
+def test_options_without_effect_are_refused(inception_file: Path) -> None:
+    given = f"metric_options.fid.features.path={inception_file}"
+    options = compose("evaluate", ["checkpoint=x", "out=y", given]).metric_options
+    with pytest.raises(UserError, match=r"metric_options.fid.features.path has no effect: fid is not in .*alignment"):
+        build_metrics(["alignment"], options, torch.device("cpu"))
+    for unknown in ({"fidd": {"features": {"path": None}}}, {"frechet_dino": {}}):
+        with pytest.raises(UserError, match="there is no metric"):
+            build_metrics(["alignment"], OmegaConf.create(unknown), torch.device("cpu"))
+    found, _ = build_metrics(
+        ["alignment"], compose("evaluate", ["checkpoint=x", "out=y"]).metric_options, torch.device("cpu")
+    )
+    assert len(found) == 1

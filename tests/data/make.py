@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ldm.data.shards.shards import write_shard
+from ldm.data.shards.write import write_shard
 
 
 def picture(seed: int, size: tuple[int, int] = (16, 16), kind: str = "PNG", mode: str = "RGB") -> bytes:

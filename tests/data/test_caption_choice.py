@@ -8,7 +8,7 @@ from ldm.data.loading.caption_choice import CaptionChoice, MAX_caption_bytes
 from ldm.data.loading.fetch import Fetcher, View
 from ldm.data.shards.index import load_manifest
 from ldm.data.shards.picture import BadSample
-from ldm.data.shards.shards import write_shard
+from ldm.data.shards.write import write_shard
 from ldm.errors import UserError
 from tests.data.make import picture
 

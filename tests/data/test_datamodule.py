@@ -10,7 +10,7 @@ import torch
 from ldm.data.loading.batch import Batch
 from ldm.data.loading.datamodule import ShardDataModule
 from ldm.data.loading.shard_source import ShardSource
-from ldm.data.shards.shards import write_shard
+from ldm.data.shards.write import write_shard
 from ldm.errors import UserError
 from tests.data.make import sample, shards
 

@@ -13,7 +13,7 @@ from ldm.data.loading.caption_choice import CaptionChoice
 from ldm.data.loading.fetch import Fetcher, View
 from ldm.data.shards.index import load_manifest
 from ldm.data.shards.picture import BadSample
-from ldm.data.shards.shards import write_shard
+from ldm.data.shards.write import write_shard
 from ldm.errors import UserError
 from tests.data.make import picture, sample, shards
 
@@ -110,9 +110,9 @@ def test_a_cache_changes_nothing_and_keeps_its_bound(tmp_path: Path) -> None:
     for epoch in range(3):
         for i in range(10):
             assert (plain(i, epoch).pixels == cached(i, epoch).pixels).all()
-    assert len(cached._cache.held) == 5 and not plain._cache.held
+    assert len(cached._cache.pictures) == 5 and not plain._cache.pictures
     sent = pickle.loads(pickle.dumps(cached))
-    assert not sent._cache.held and (sent(3).pixels == plain(3).pixels).all()
+    assert not sent._cache.pictures and (sent(3).pixels == plain(3).pixels).all()
 
 
 def test_a_shard_that_changed_after_indexing_is_refused(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from ldm.data.order.buckets import AspectRatios, Sizes, Table
 from ldm.data.order.filters import Filter
 from ldm.data.order.selection import SelectionRequest, select
 from ldm.data.shards.index import Manifest, load_manifest
-from ldm.data.shards.shards import write_shard
+from ldm.data.shards.write import write_shard
 from ldm.errors import UserError
 from tests.data.make import picture
 

@@ -9,7 +9,7 @@ import pytest
 
 from ldm.data.shards import columns, index
 from ldm.data.shards.index import index_shards, load_manifest, main
-from ldm.data.shards.shards import write_shard
+from ldm.data.shards.write import write_shard
 from ldm.errors import UserError
 from tests.data.make import picture, sample, shards
 

@@ -11,12 +11,12 @@ import torch
 import webdataset
 from torch import Tensor
 
-from ldm.data.loading.cache import Encoders, Work, write_latents
+from ldm.data.loading.cache import Encoders, ShardPartition, write_latents
 from ldm.data.loading.datamodule import ShardDataModule
 from ldm.data.loading.latents import LatentRecord, LatentSource, read_record, summary, unpack
 from ldm.data.loading.shard_source import ShardSource
 from ldm.data.order.buckets import Sizes
-from ldm.data.shards.shards import write_shard
+from ldm.data.shards.write import write_shard
 from ldm.errors import UserError
 from tests.data import make
 
@@ -34,9 +34,9 @@ def record(source: ShardSource, size: int = 16, variants: int = 1, first_stage: 
     )
 
 
-def write(source: ShardSource, out: Path, variants: int = 1, work: Work | None = None) -> LatentSource:
+def write(source: ShardSource, out: Path, variants: int = 1, partition: ShardPartition | None = None) -> LatentSource:
     return write_latents(
-        source, record(source, variants=variants), Encoders(encode), out, work or Work(), progress=False
+        source, record(source, variants=variants), Encoders(encode), out, partition or ShardPartition(), progress=False
     )
 
 
@@ -77,9 +77,9 @@ def test_shares_and_an_interruption_give_the_same_bytes(tmp_path: Path) -> None:
     source = ShardSource(make.shards(tmp_path / "pictures", 35))
     write(source, tmp_path / "whole")
     halves = tmp_path / "halves"
-    other = threading.Thread(target=write, args=(source, halves), kwargs={"work": Work(1, 2, batch=3)})
+    other = threading.Thread(target=write, args=(source, halves), kwargs={"partition": ShardPartition(1, 2, batch=3)})
     other.start()
-    write(source, halves, work=Work(0, 2, batch=7))
+    write(source, halves, partition=ShardPartition(0, 2, batch=7))
     other.join()
     assert contents(halves) == contents(tmp_path / "whole")
 
@@ -132,7 +132,9 @@ def test_another_first_stage_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="on pictures"):
         data.check_first_stage(None)
     with pytest.raises(UserError, match=r"of the first stage a+, this one is b+"):
-        write_latents(source, record(source, first_stage="b" * 16), Encoders(encode), tmp_path / "latents", Work())
+        write_latents(
+            source, record(source, first_stage="b" * 16), Encoders(encode), tmp_path / "latents", ShardPartition()
+        )
 
 
 def test_other_sizes_and_folders_are_refused(tmp_path: Path) -> None:
@@ -141,11 +143,11 @@ def test_other_sizes_and_folders_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"16x16, none of 32x32"):
         cached.fetcher(cached.manifest(), [(32, 32)], 0)
     with pytest.raises(UserError, match="other latents"):
-        write_latents(source, record(source, size=32), Encoders(encode), tmp_path / "latents", Work())
+        write_latents(source, record(source, size=32), Encoders(encode), tmp_path / "latents", ShardPartition())
     facts = json.loads((tmp_path / "latents" / "latents.json").read_text())
     (tmp_path / "latents" / "latents.json").write_text(json.dumps(facts | {"finished": False}))
     with pytest.raises(UserError, match=r"other latents \(sizes \[\[16, 16\]\], wanted \[\[32, 32\]\]\)"):
-        write_latents(source, record(source, size=32), Encoders(encode), tmp_path / "latents", Work())
+        write_latents(source, record(source, size=32), Encoders(encode), tmp_path / "latents", ShardPartition())
     with pytest.raises(UserError, match="no cached latents"):
         LatentSource(str(tmp_path / "pictures")).manifest()
     assert record(source).name != record(source, size=32).name
@@ -191,7 +193,9 @@ def test_states_of_captions_are_kept_and_the_one_that_is_chosen_comes_back(tmp_p
 
     source = ShardSource(make.shards(tmp_path / "pictures", 12))
     wanted = replace(record(source), texts=("text-x",))
-    cached = write_latents(source, wanted, Encoders(encode, texts), tmp_path / "latents", Work(batch=5), progress=False)
+    cached = write_latents(
+        source, wanted, Encoders(encode, texts), tmp_path / "latents", ShardPartition(batch=5), progress=False
+    )
     assert read_record(tmp_path / "latents").texts == ("text-x",)
     data = ShardDataModule(cached, None, 16, 6, total_steps=2)
     data.prepare_data()
@@ -213,7 +217,9 @@ def test_every_caption_that_a_visit_may_draw_has_its_states(tmp_path: Path) -> N
     write_shard(tmp_path / "pictures" / "0.tar", samples)
     source = ShardSource(str(tmp_path / "pictures"), captions={"txt": 1, "json.alt": 2, "empty": 1})
     wanted = replace(record(source), texts=("x",), captions=("empty", "json.alt", "txt"))
-    cached = write_latents(source, wanted, Encoders(encode, texts), tmp_path / "latents", Work(), progress=False)
+    cached = write_latents(
+        source, wanted, Encoders(encode, texts), tmp_path / "latents", ShardPartition(), progress=False
+    )
     latents = cached.fetcher(cached.manifest(), [(16, 16)], 3)
     seen = set()
     for epoch in range(40):
@@ -227,7 +233,7 @@ def test_a_caption_that_was_not_encoded_is_refused(tmp_path: Path) -> None:
     source = ShardSource(make.shards(tmp_path / "pictures", 4))
     wanted = replace(record(source), texts=("x",))
     encoders = Encoders(encode, lambda captions: {"x": torch.zeros(len(captions), 1)})
-    cached = write_latents(source, wanted, encoders, tmp_path / "latents", Work(), progress=False)
+    cached = write_latents(source, wanted, encoders, tmp_path / "latents", ShardPartition(), progress=False)
     latents = replace(cached, captions={"empty": 1}).fetcher(cached.manifest(), [(16, 16)], 3)
     with pytest.raises(UserError, match="was not encoded"):
         latents(0)
@@ -257,7 +263,7 @@ def test_buckets_and_filters_give_the_batches_that_the_pictures_give(tmp_path: P
     _, (chosen,) = pictures.select([source.manifest()])
     wanted = replace(record(source), sizes=tuple(pictures.used_sizes))
     out = tmp_path / "latents"
-    cached = write_latents(source, wanted, Encoders(encode), out, Work(batch=4), chosen, progress=False)
+    cached = write_latents(source, wanted, Encoders(encode), out, ShardPartition(batch=4), chosen, progress=False)
     assert len(cached.manifest()) == 36
     latents = data(cached)
     latents.setup()

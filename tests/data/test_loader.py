@@ -85,4 +85,4 @@ def test_threads_begin_with_the_next_batches_and_forget_what_is_not_asked_for(fe
     batches, plain = TrainBatches(fetcher, plan, 9, threads=2), TrainBatches(fetcher, plan, 9)
     for step in (0, 1, 5, 6, 2, 8):
         assert torch.equal(batches[step].images, plain[step].images)
-        assert sorted(batches._begun) == [later for later in (step + 1, step + 2) if later < 9]
+        assert sorted(batches._pending) == [later for later in (step + 1, step + 2) if later < 9]

@@ -10,7 +10,8 @@ import pytest
 import webdataset
 
 from ldm.data.shards.pack import Packing, main, pack
-from ldm.data.shards.shards import expand, write_shard
+from ldm.data.shards.shards import expand
+from ldm.data.shards.write import write_shard
 from ldm.errors import UserError
 from tests.data.make import picture, sample, shards
 

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import webdataset
 
-from ldm.data.shards.shards import OpenShards, expand, open_shard, write_shard
+from ldm.data.shards.shards import OpenShards, expand, open_shard
+from ldm.data.shards.write import write_shard
 from ldm.errors import UserError
 from tests.data.make import sample, shards
 

@@ -8,11 +8,12 @@ import torch
 from torch.utils.data import DataLoader
 
 from ldm.data.loading import stream as stream_module
-from ldm.data.loading.fetch import View
+from ldm.data.loading.fetch import View, as_images
 from ldm.data.loading.loader import StepLoader
+from ldm.data.loading.quarantine import Skipped
 from ldm.data.loading.shard_source import ShardSource
-from ldm.data.loading.stream import Skipped, StreamBatches, StreamDataModule, StreamSource, caption_of, cropped
-from ldm.data.shards.shards import write_shard
+from ldm.data.loading.stream import StreamBatches, StreamDataModule, StreamSource, caption_of
+from ldm.data.shards.write import write_shard
 from ldm.errors import UserError
 from tests.data.make import sample, shards
 
@@ -47,7 +48,7 @@ def test_the_pixels_are_those_of_the_caption(folder: str) -> None:
     for image, caption in zip(found.images, found.fields["caption"], strict=True):
         stored = sample(int(caption.split()[1]), (10, 12))[1]["png"]
         pixels, _ = stream_module.decode(stored, (12, 10))
-        assert torch.equal(image, stream_module.as_images(pixels[None])[0])
+        assert torch.equal(image, as_images(pixels[None])[0])
 
 
 def test_ranks_seeds_and_starts_have_streams_of_their_own(folder: str) -> None:
@@ -134,19 +135,20 @@ def test_captions_come_from_text_then_json() -> None:
 
 def test_crops_and_flips_follow_the_draw() -> None:
     pixels = torch.arange(6 * 9 * 3, dtype=torch.uint8).view(6, 9, 3).numpy()
-    centre, at = cropped(pixels, View((6, 5)), 123)
+    centre, at = View((6, 5)).crop(pixels, (6, 5), 123)
     assert at == (0, 2) and (centre == pixels[:, 2:7]).all()
-    places = {cropped(pixels, View((6, 5), random_crop=True), draw << 31)[1] for draw in range(50)}
+    places = {View((6, 5), random_crop=True).crop(pixels, (6, 5), 0, draw)[1] for draw in range(50)}
     assert places == {(0, left) for left in range(5)}
-    mirrored, _ = cropped(pixels, View((6, 9), flip=True), 1 << 62)
-    assert (mirrored == pixels[:, ::-1]).all()
+    drawn = [View((6, 9), flip=True).crop(pixels, (6, 9), 0, draw)[0] for draw in range(50)]
+    mirrored = sum((found == pixels[:, ::-1]).all() for found in drawn)
+    assert 10 < mirrored < 40 and mirrored + sum((found == pixels).all() for found in drawn) == 50
 
 
 def test_the_datamodule_warns_and_goes_on_at_its_step(folder: str, caplog: pytest.LogCaptureFixture) -> None:
     data = StreamDataModule(StreamSource(folder, buffer=20), ShardSource(folder), 8, 8, 5, val_samples=6)
     data.prepare_data()
     data.setup()
-    assert "a resumed run goes on with other samples" in caplog.text
+    assert "a resumed run continues with other samples" in caplog.text
     first = [batch.samples.tolist() for batch in data.train_dataloader()]
     assert len(first) == 5 and len(next(iter(data.val_dataloader())).samples) == 6
     data.advance(3)

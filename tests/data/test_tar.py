@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from ldm.data.shards.members import members, split_name
-from ldm.data.shards.shards import open_shard, write_shard
+from ldm.data.shards.shards import open_shard
 from ldm.data.shards.tar import DAMAGE, JSON_CAPTION, NO_CAPTION, TEXT_CAPTION, scan_shard
+from ldm.data.shards.write import write_shard
 
 LONG = "folder/" * 30 + "name" * 20
 

@@ -24,6 +24,7 @@ from ldm.diffusion.weighting import Uniform as UniformWeight
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.randomness import keys
 from ldm.training.diffusion import DiffusionModule
+from tests.networks.toy import ToyNetwork
 
 STD = 0.5
 
@@ -35,13 +36,15 @@ def shipped(group: str) -> dict[str, Any]:
 PREDICTIONS, WEIGHTINGS = shipped("prediction"), shipped("weighting")
 
 
-class Exact(nn.Module):
+class Exact(ToyNetwork):
     """The best possible network for data N(0, STD^2): E[a x0 + b eps | z]; `gain` 1 is exact."""
 
     def __init__(self, schedule: Schedule, prediction: Prediction, gain: float = 1.0) -> None:
         super().__init__()
         self.schedule, self.prediction = schedule, prediction
         self.gain = nn.Parameter(torch.tensor(gain))
+        self.in_channels = self.out_channels = 3  # the pictures' of Passing
+        self.context_dim = self.vector_dim = None
 
     def forward(self, z: Tensor, t: Tensor) -> Tensor:
         scale = (self.schedule.t_max + 1) / 1000 if isinstance(self.schedule, ScaledLinear) else 1 / 1000
@@ -192,9 +195,9 @@ def test_weights_are_finite_at_every_time(weighting: Weighting) -> None:
 
 
 def test_learned_uncertainty_learns_the_logarithm_of_the_loss() -> None:
-    schedule, weighting = ScaledLinear(), LearnedUncertainty(UniformWeight())
+    schedule, weighting = ScaledLinear(), LearnedUncertainty(UniformWeight()).double()
     level = schedule(torch.arange(0, 1000, 5))
-    errors = (snr(level) * variance_of_x0(level)).float()
+    errors = snr(level) * variance_of_x0(level)
     optimizer = torch.optim.LBFGS(weighting.parameters(), max_iter=300, line_search_fn="strong_wolfe")
 
     def closure() -> Tensor:
@@ -204,9 +207,9 @@ def test_learned_uncertainty_learns_the_logarithm_of_the_loss() -> None:
         return loss
 
     optimizer.step(closure)  # type: ignore[arg-type]
-    torch.testing.assert_close(weighting.log_variance(level), errors.log(), rtol=0, atol=0.1)
+    torch.testing.assert_close(weighting.log_variance(level), errors.log(), rtol=0, atol=0.03)
     torch.testing.assert_close(
-        weighting.weights(level, Epsilon()) * errors, torch.ones(200, dtype=torch.float64), rtol=0.1, atol=0
+        weighting.weights(level, Epsilon()) * errors, torch.ones(200, dtype=torch.float64), rtol=0.03, atol=0
     )
 
 
@@ -234,7 +237,7 @@ def test_noise_and_times_belong_to_the_samples_key() -> None:
     torch.testing.assert_close(whole.errors[2:4], part.errors)
 
 
-class Zero(nn.Module):
+class Zero(ToyNetwork):
     """A network that says nothing, and notes what it is given."""
 
     def forward(self, z: Tensor, t: Tensor) -> Tensor:

@@ -97,7 +97,7 @@ def test_a_picture_is_painted_where_the_mask_is_white(trained: Path, tmp_path: P
         assert (made[:, :12] == 90).all() and (made[:, 20:] != 90).any()
 
 
-def test_evaluation_writes_one_table_one_plot_and_sealed_results(trained: Path, tmp_path: Path) -> None:
+def test_evaluation_writes_one_table_one_plot_and_results_with_provenance(trained: Path, tmp_path: Path) -> None:
     done = run("evaluate.py", f"checkpoint={trained}", "guidance_scale=[1,2]", "n=6", "steps=2", f"out={tmp_path}",
                "metrics=[alignment]")  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -110,13 +110,13 @@ def test_evaluation_writes_one_table_one_plot_and_sealed_results(trained: Path, 
     ]
     assert len(results) == 8
     assert results[0]["metrics"]["all"]["value"] == 1.0
-    assert all(len(result["seal"]) == 64 for result in results)
+    assert all(len(result["provenance"]) == 64 for result in results)
     assert "guidance 2" in (tmp_path / "table.md").read_text()
     for name in ("guidance.png", "curves.png", "reconstructions_validation.png", "samples_held_out_g2.png"):
         assert Image.open(tmp_path / name).size[0] > 100
 
 
-def test_without_weights_the_other_metrics_come_out_sealed(
+def test_without_weights_the_other_metrics_are_measured(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
@@ -137,12 +137,12 @@ def test_without_weights_the_other_metrics_come_out_sealed(
     assert not [name for name, value in protocol.items() if value in (None, {}, [])]
     told = (protocol["n_images"], protocol["seed"], protocol["steps"], protocol["guidance_scale"], protocol["ema"])
     assert told == (6, 5, 2, 2.0, True)
-    assert "DDIM" in protocol["sampler"] and "ClassifierFree" in protocol["guidance"]
+    assert "DPMPP2M" in protocol["sampler"] and "ClassifierFree" in protocol["guidance"]
     assert "bicubic antialias to 128" in protocol["metrics"]["Kernel(efficientnet-lite0)"]
     assert "32x32" in protocol["reference"] and len(protocol["prompts"]) == 64 and len(protocol["weights"]) == 16
     assert {"python", "torch", "ldm", "transformers"} <= protocol["versions"].keys()
     content = {name: samples[name] for name in ("format", "protocol", "metrics")}
-    assert samples["seal"] == digest(content)
+    assert samples["provenance"] == digest(content)
 
 
 def test_a_finished_run_is_not_trained_again(trained: Path, tiny_shapes: Path) -> None:

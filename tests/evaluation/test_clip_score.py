@@ -12,6 +12,7 @@ from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
 from ldm.errors import UserError
 from ldm.evaluation.clip_score import CLIPScore, preparation
+from ldm.evaluation.metric import Batch
 
 CAPTIONS = ["a red circle above a blue square", "a blue circle", "a red square"]
 LENGTH = 12
@@ -20,7 +21,7 @@ SIZE = 32
 
 @pytest.fixture
 def metric(tiny_clip: Path) -> CLIPScore:
-    return CLIPScore.from_pretrained(str(tiny_clip))
+    return CLIPScore(str(tiny_clip))
 
 
 def images(n: int, size: int = 48) -> torch.Tensor:
@@ -61,24 +62,25 @@ def test_padding_and_batches_change_nothing(metric: CLIPScore) -> None:
     together = metric.scores(images(3), CAPTIONS)
     alone = torch.cat([metric.scores(images(3)[i : i + 1], CAPTIONS[i : i + 1]) for i in range(3)])
     assert torch.allclose(together, alone, atol=1e-4)
-    metric.update(images(3)[:1], CAPTIONS[:1])
-    metric.update(images(3)[1:], CAPTIONS[1:])
-    assert float(metric.compute()) == pytest.approx(float(together.mean()), abs=1e-4)
-    low, high = metric.interval()
+    metric.update(Batch(images(3)[:1], CAPTIONS[:1], torch.arange(1)))
+    metric.update(Batch(images(3)[1:], CAPTIONS[1:], torch.arange(1, 3)))
+    value, low, high, _ = metric.compute()["clip_score"]
+    assert value == pytest.approx(float(together.mean()), abs=1e-4)
     half = 1.96 * float(together.std()) / 3**0.5
     assert (low, high) == pytest.approx((float(together.mean()) - half, float(together.mean()) + half), rel=1e-3)
 
 
 def test_it_says_what_it_depends_on(metric: CLIPScore, tiny_clip: Path) -> None:
-    assert str(tiny_clip) in metric.description and "32" in metric.description
+    (description,) = metric.descriptions().values()
+    assert str(tiny_clip) in description and "32" in description
 
 
-def test_what_is_missing_is_told(metric: CLIPScore, tiny_clip: Path, tmp_path: Path) -> None:
+def test_what_is_missing_is_reported(metric: CLIPScore, tiny_clip: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no model at .*hf download"):
-        CLIPScore.from_pretrained(str(tmp_path))
+        CLIPScore(str(tmp_path))
     copied = tmp_path / "clip"
     copytree(tiny_clip, copied, ignore=ignore_patterns("token*", "vocab*", "merges*"))
     with pytest.raises(UserError, match="no tokenizer at"):
-        CLIPScore.from_pretrained(str(copied))
+        CLIPScore(str(copied))
     with pytest.raises(UserError, match="2 pictures but 1 captions"):
-        metric.update(images(2), CAPTIONS[:1])
+        metric.update(Batch(images(2), CAPTIONS[:1], torch.arange(2)))

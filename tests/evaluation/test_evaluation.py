@@ -1,4 +1,4 @@
-"""The measures against numbers that are known: true pictures, closed forms, seals."""
+"""The metrics against numbers that are known: true pictures, closed forms; provenance; reference sets."""
 
 from pathlib import Path
 
@@ -9,6 +9,7 @@ import torch
 from ldm.errors import UserError
 from ldm.evaluation.frechet import Statistics, frechet_distance
 from ldm.evaluation.interval import wilson
+from ldm.evaluation.metric import Batch
 from ldm.evaluation.protocol import Protocol, Result, Value, require_comparable
 from ldm.evaluation.reconstruction import psnr
 from ldm.examples.alignment import Alignment
@@ -25,15 +26,15 @@ def pictures(n: int, size: int, relations: bool = False) -> tuple[torch.Tensor, 
 def test_true_pictures_show_what_their_captions_say(size: int, relations: bool, least: float) -> None:
     images, captions = pictures(200, size, relations)
     metric = Alignment()
-    metric.update(images, captions)
-    assert min(float(value) for value in metric.compute().values()) >= least
+    metric.update(Batch(images, captions, torch.arange(len(images))))
+    assert min(value.value for value in metric.compute().values()) >= least
 
 
 def test_mismatched_captions_are_at_chance() -> None:
     images, captions = pictures(300, 64)
     metric = Alignment()
-    metric.update(images, captions[1:] + captions[:1])
-    shares = {name: float(value) for name, value in metric.compute().items()}
+    metric.update(Batch(images, captions[1:] + captions[:1], torch.arange(300)))
+    shares = {name: value.value for name, value in metric.compute().items()}
     assert shares["all"] <= 0.02
     assert shares["colour"] <= 0.25
     assert 0.35 <= shares["size"] <= 0.65
@@ -44,8 +45,8 @@ def test_pictures_of_nothing_show_nothing() -> None:
     noise = torch.rand(20, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     for images in (torch.full((20, 3, 64, 64), 0.9), noise):
         metric = Alignment()
-        metric.update(images, captions)
-        assert max(float(value) for value in metric.compute().values()) == 0.0
+        metric.update(Batch(images, captions, torch.arange(len(images))))
+        assert max(value.value for value in metric.compute().values()) == 0.0
 
 
 def test_the_frechet_distance_of_known_gaussians() -> None:
@@ -75,13 +76,13 @@ def protocol(**changes: object) -> Protocol:
     return Protocol(**(given | changes))  # type: ignore[arg-type]
 
 
-def test_a_sealed_result_reads_back_and_shows_tampering(tmp_path: Path) -> None:
+def test_a_result_reads_back_and_shows_tampering(tmp_path: Path) -> None:
     path = tmp_path / "r.json"
     result = Result(protocol(), {"all": Value(0.5, 0.4, 0.6)})
     result.write(path)
     assert Result.read(path) == result
     path.write_text(path.read_text().replace("0.5", "0.9"))
-    with pytest.raises(UserError, match="changed after it was sealed"):
+    with pytest.raises(UserError, match="changed after it was written"):
         Result.read(path)
 
 

@@ -11,7 +11,10 @@ from ldm.errors import UserError
 from ldm.evaluation import frechet
 from ldm.evaluation.features import EfficientNetFeatures, Features, InceptionFeatures, reference_features
 from ldm.evaluation.frechet import FrechetDistance, Statistics, frechet_distance
+from ldm.evaluation.metric import Batch
+from ldm.evaluation.protocol import Value
 from ldm.networks.efficientnet import EfficientNetLite0
+from tests.evaluation.features import Given, GivenReference
 
 DIM = 12
 
@@ -43,6 +46,20 @@ def of(features: Tensor) -> Statistics:
 def images(n: int, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.rand(n, 3, 4, 4, generator=generator)
+
+
+def batch(images: Tensor, indices: Tensor | None = None) -> Batch:
+    return Batch(images, [""] * len(images), torch.arange(len(images)) if indices is None else indices)
+
+
+def distance(features: Features, reference: Tensor) -> FrechetDistance:
+    metric = FrechetDistance(features)
+    metric.set_reference(GivenReference(reference))
+    return metric
+
+
+def value_of(metric: FrechetDistance) -> Value:
+    return metric.compute()[metric.features.frechet_label]
 
 
 def test_statistics_are_the_sample_mean_and_covariance(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,32 +95,32 @@ def test_with_fewer_images_than_features_it_is_exact() -> None:
 
 
 def test_batches_and_processes_add_up() -> None:
-    reference, features = of(normal(40, DIM)), Pixels()(images(60))
-    whole = FrechetDistance(reference)
-    whole.update(features)
-    parts = [FrechetDistance(reference) for _ in range(2)]
+    reference, pictures = normal(40, DIM), images(60)
+    whole = distance(Pixels(), reference)
+    whole.update(batch(pictures))
+    parts = [distance(Pixels(), reference) for _ in range(2)]
     for rank, part in enumerate(parts):
-        part.update(features[rank::2], torch.arange(60)[rank::2])
+        part.update(batch(pictures[rank::2], torch.arange(60)[rank::2]))
     for name in ("count", "total", "outer"):
         setattr(parts[0], name, getattr(parts[0], name) + getattr(parts[1], name))
-    assert float(parts[0].compute()) == pytest.approx(float(whole.compute()), abs=1e-12)
-    assert parts[0].interval() == pytest.approx(whole.interval(), abs=1e-9)
-    assert float(whole.compute()) == pytest.approx(frechet_distance(of(features.double()), reference), abs=1e-12)
+    assert value_of(parts[0])[:3] == pytest.approx(value_of(whole)[:3], abs=1e-9)
+    expected = frechet_distance(of(Pixels()(pictures).double()), of(reference))
+    assert value_of(whole).value == pytest.approx(expected, abs=1e-12)
 
 
 def test_the_interval_is_as_wide_as_repetitions_vary() -> None:
     """The mean half width over repetitions against 2.26 (Student, 9 degrees) standard deviations."""
     features = Pixels()
-    reference = Statistics.of(features(images(4000, seed=99)))
+    metric = distance(features, features(images(4000, seed=99)))
     values, halves = [], []
     for seed in range(60):
-        metric = FrechetDistance(reference)
-        metric.update(features((images(300, seed) * 0.9).clamp(0, 1)))
-        value = float(metric.compute())
-        low, high = metric.interval()
-        assert low <= value <= high
-        values.append(value)
-        halves.append(high - value)
+        metric.reset()
+        metric.update(batch((images(300, seed) * 0.9).clamp(0, 1)))
+        value = value_of(metric)
+        assert value.ci_low is not None and value.ci_high is not None
+        assert value.ci_low <= value.value <= value.ci_high
+        values.append(value.value)
+        halves.append(value.ci_high - value.value)
     expected = 2.262 * float(torch.tensor(values).std())
     assert sum(halves) / len(halves) == pytest.approx(expected, rel=0.35)
 
@@ -120,7 +137,7 @@ def test_the_labels_are_fid_and_kid_for_inception_alone(inception_file: Path) ->
 
 def test_a_reference_of_another_network_is_refused() -> None:
     with pytest.raises(UserError, match=r"has 5 features, these are \[9, 12\]"):
-        FrechetDistance(of(normal(9, 5))).update(normal(9, 12))
+        distance(Given(), normal(9, 5)).update(batch(normal(9, 12)))
     with pytest.raises(UserError, match="at least 2 images"):
         Statistics.of(normal(1, 5))
 

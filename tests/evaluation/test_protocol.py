@@ -1,4 +1,4 @@
-"""The seal: canonical text, dotted names, what may differ, files that were changed."""
+"""The provenance record: canonical text, dotted names, what may differ, files that were changed."""
 
 import json
 from pathlib import Path
@@ -12,11 +12,10 @@ from ldm.evaluation.protocol import (
     Result,
     Value,
     canonical,
-    comparable,
     differences,
     digest,
+    numeric_versions,
     require_comparable,
-    versions,
 )
 
 
@@ -54,7 +53,6 @@ def test_every_difference_is_named_and_changes_the_digest(changes: dict[str, Any
     a, b = protocol(), protocol(**changes)
     assert differences(a, b) == differences(b, a) == [name]
     assert a.digest() != b.digest()
-    assert not comparable(Result(a, {}), Result(b, {}))
     with pytest.raises(UserError, match=name.replace(".", r"\.")):
         require_comparable([Result(a, {}), Result(b, {})])
 
@@ -71,24 +69,26 @@ def test_declared_axes_may_differ_and_unknown_ones_are_named() -> None:
 
 
 def test_a_result_reads_back_exactly(tmp_path: Path) -> None:
-    result = Result(protocol(guidance_scale=0.1 + 0.2), {"FID": Value(1 / 3, 0.1, 0.5), "clip_score": Value(30.0)})
+    result = Result(
+        protocol(guidance_scale=0.1 + 0.2), {"FID": Value(1 / 3, 0.1, 0.5), "clip_score": Value(30.0, unit="share")}
+    )
     result.write(tmp_path / "a" / "result.json")
     assert Result.read(tmp_path / "a" / "result.json") == result
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["result.json"]
 
 
 @pytest.mark.parametrize("key", ["seed", "weights", "reference"])
-def test_an_edited_protocol_breaks_the_seal(tmp_path: Path, key: str) -> None:
+def test_an_edited_protocol_breaks_the_provenance(tmp_path: Path, key: str) -> None:
     path = tmp_path / "result.json"
     Result(protocol(), {"FID": Value(5.0)}).write(path)
     data = json.loads(path.read_text())
     data["protocol"][key] = "other"
     path.write_text(json.dumps(data))
-    with pytest.raises(UserError, match="changed after it was sealed"):
+    with pytest.raises(UserError, match="changed after it was written"):
         Result.read(path)
 
 
-@pytest.mark.parametrize("content", ["", "{}", "[]", '{"seal": 1'])
+@pytest.mark.parametrize("content", ["", "{}", "[]", '{"provenance": 1'])
 def test_other_files_are_no_results(tmp_path: Path, content: str) -> None:
     (tmp_path / "x.json").write_text(content)
     with pytest.raises(UserError):
@@ -98,4 +98,4 @@ def test_other_files_are_no_results(tmp_path: Path, content: str) -> None:
 
 
 def test_versions_name_what_computes() -> None:
-    assert {"python", "torch", "ldm", "transformers"} <= set(versions())
+    assert {"python", "torch", "ldm", "transformers"} <= set(numeric_versions())

@@ -29,10 +29,10 @@ def row(source: str, scale: float | None, values: dict[str, Value], **changes: A
 
 def rows() -> list[Row]:
     return [
-        row("pictures", None, {"all": Value(1.0, 0.9, 1.0)}),
+        row("pictures", None, {"all": Value(1.0, 0.9, 1.0, "share")}),
         row("reconstructions", None, {"psnr_db": Value(31.234, 31.1, 31.4), "Frechet(x)": Value(0.5, 0.4, 0.6)}),
-        row("samples", 3.0, {"all": Value(0.8512, 0.8, 0.9), "Frechet(x)": Value(123.4, 120.0, 126.0)}),
-        row("samples", 1.5, {"all": Value(0.7, 0.6, 0.8), "Frechet(x)": Value(12.345)}),
+        row("samples", 3.0, {"all": Value(0.8512, 0.8, 0.9, "share"), "Frechet(x)": Value(123.4, 120.0, 126.0)}),
+        row("samples", 1.5, {"all": Value(0.7, 0.6, 0.8, "share"), "Frechet(x)": Value(12.345)}),
     ]
 
 
@@ -70,10 +70,10 @@ def test_other_protocols_share_no_table(name: str, value: Any) -> None:
 
 
 def test_the_plot_of_the_scales_is_written(tmp_path: Path) -> None:
-    plot_scales(rows(), tmp_path / "scales.png")
+    assert plot_scales(rows(), tmp_path / "scales.png") == [tmp_path / "scales.png"]
     with Image.open(tmp_path / "scales.png") as image:
         assert image.width > 800 and len(image.convert("RGB").getcolors(1 << 24) or []) > 50
-    plot_scales(rows()[:2], tmp_path / "none.png")
+    assert plot_scales(rows()[:2], tmp_path / "none.png") == []
     assert not (tmp_path / "none.png").exists()
 
 
@@ -101,10 +101,10 @@ def test_the_plot_of_the_curves_is_written_for_several_stages(tmp_path: Path) ->
     for stage, metric in (("first_stage", "val/psnr"), ("base", "val/loss")):
         lines = [{"step": step, "train/loss": 1 / (1 + step)} for step in range(60)] + [{"step": 59, metric: 0.5}]
         write_log(tmp_path / stage / "metrics.jsonl", lines)
-    plot_curves(tmp_path, tmp_path / "curves.png")
+    assert plot_curves(tmp_path, tmp_path / "curves.png") == [tmp_path / "curves.png"]
     with Image.open(tmp_path / "curves.png") as image:
         assert image.width > 1200  # three panels in a row
-    plot_curves(tmp_path / "nowhere", tmp_path / "none.png")
+    assert plot_curves(tmp_path / "nowhere", tmp_path / "none.png") == []
     assert not (tmp_path / "none.png").exists()
 
 

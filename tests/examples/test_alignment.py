@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter
 
 from ldm.errors import UserError
+from ldm.evaluation.metric import Batch
 from ldm.examples.alignment import Alignment, agreement
 from ldm.examples.shapes import Pair, Single, caption, coverage, draw, parse, splits
 from ldm.examples.shapes_reader import oklab, read
@@ -27,8 +28,12 @@ def pictures(n: int, relations: bool, size: int = 64) -> tuple[list[Picture], li
 
 def shares(images: list[Picture], captions: list[str]) -> dict[str, float]:
     metric = Alignment()
-    metric.update(torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2) / 255, captions)
-    return {name: float(value) for name, value in metric.compute().items()}
+    metric.update(batch(torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2) / 255, captions))
+    return {name: value.value for name, value in metric.compute().items()}
+
+
+def batch(images: torch.Tensor, captions: list[str]) -> Batch:
+    return Batch(images, captions, torch.arange(len(images)))
 
 
 def blur(picture: Picture) -> Picture:
@@ -159,22 +164,24 @@ def test_one_wrong_word_costs_its_attribute_alone(name: str) -> None:
 def test_counts_add_up_over_batches_and_metrics() -> None:
     images, captions = pictures(40, False)
     mixed = captions[:20] + captions[19:39]
-    batch = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2) / 255
+    pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2) / 255
     whole, parts = Alignment(), [Alignment(), Alignment()]
-    whole.update(batch, mixed)
-    parts[0].update(batch[:13], mixed[:13])
-    parts[1].update(batch[13:], mixed[13:])
+    whole.update(batch(pixels, mixed))
+    parts[0].update(batch(pixels[:13], mixed[:13]))
+    parts[1].update(batch(pixels[13:], mixed[13:]))
     assert torch.equal(whole.shown, parts[0].shown + parts[1].shown)
-    assert whole.n()["all"] == 40
+    assert whole.named.tolist() == [40, 40, 40, 40, 0, 0, 40]
+    assert whole.compute().keys() == {"colour", "shape", "size", "position", "all"}
+    assert {value.unit for value in whole.compute().values()} == {"share"}
 
 
 def test_pictures_and_captions_are_checked() -> None:
     with pytest.raises(UserError, match="2 pictures but 1 captions"):
-        Alignment().update(torch.rand(2, 3, 64, 64), ["a red circle"])
+        Alignment().update(batch(torch.rand(2, 3, 64, 64), ["a red circle"]))
     with pytest.raises(UserError, match="square pictures"):
-        Alignment().update(torch.rand(1, 3, 64, 32), ["a red circle"])
+        Alignment().update(batch(torch.rand(1, 3, 64, 32), ["a red circle"]))
     with pytest.raises(UserError, match="not a caption"):
-        Alignment().update(torch.rand(1, 3, 64, 64), ["a dog"])
+        Alignment().update(batch(torch.rand(1, 3, 64, 64), ["a dog"]))
 
 
 def test_oklab_of_known_colours() -> None:

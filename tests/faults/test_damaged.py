@@ -14,8 +14,8 @@ from ldm.data.loading.fetch import Fetcher, View
 from ldm.data.shards import tar as tar_module
 from ldm.data.shards.index import index_shards, load_manifest, main
 from ldm.data.shards.picture import BadSample
-from ldm.data.shards.shards import write_shard
 from ldm.data.shards.tar import PROBLEMS, scan_shard
+from ldm.data.shards.write import write_shard
 from ldm.errors import UserError
 from tests.data.make import picture, sample, shards
 

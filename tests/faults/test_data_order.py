@@ -22,7 +22,7 @@ from ldm.data.loading.loader import StepLoader
 from ldm.data.loading.shard_source import ShardSource
 from ldm.data.order.buckets import AspectRatios, Sizes
 from ldm.data.shards.index import load_manifest
-from ldm.data.shards.shards import write_shard
+from ldm.data.shards.write import write_shard
 from ldm.errors import UserError
 
 SIDES = [(16, 16), (32, 8), (8, 32), (24, 12)]  # width, height
@@ -243,11 +243,11 @@ def test_bad_samples_have_substitutes_of_their_bucket_and_exact_counters(tmp_pat
         batch = datamodule.on_after_batch_transfer(batches[step], 0)
         assert torch.isfinite(batch.images).all()
         shapes = {SIDES[there[i] * 7 % 4] for i in batch.samples.tolist()}
-        planned = {SIDES[there[datamodule.train_fetcher.chosen[p]] * 7 % 4] for p in plan.step(step)[0].tolist()}
+        planned = {SIDES[there[datamodule.train_fetcher.selection[p]] * 7 % 4] for p in plan.step(step)[0].tolist()}
         assert shapes <= planned
         assert not {there[i] for i in batch.samples.tolist()} & bad.keys()
         told.update((there[i], reason) for i, reason in batch.bad)
-    chosen = datamodule.train_fetcher.chosen
+    chosen = datamodule.train_fetcher.selection
     used = {there[chosen[place]] for place in range(len(chosen))}
     expected = {(i, why) for i, why in bad.items() if i in used}  # the index left out what it saw
     assert told.keys() == expected and {3, 77, 90} <= used
@@ -297,10 +297,10 @@ def test_twenty_thousand_samples_grow_no_memory_and_keep_few_files_open(tmp_path
         ({"where": "score > 10000"}, {}, "train: no sample is left of 130"),
         ({}, {"buckets": Sizes([[16, 16], [200, 4]])}, "200 x 4: 0"),
         ({}, {"global_batch": 7}, "multiple of 2"),
-        ({}, {"decode": "quick"}, "there is no such way to decode"),
+        ({}, {"decode": "quick"}, "there is no such decoder"),
         ({"captions": {"json.atl": 1}}, {}, "did you mean alt"),
         ({"captions": {"caption": 1}}, {}, "the fields are txt"),
-        ({"weight": 0.5}, {"mixed_with": "itself"}, "give each one above 0, or none any"),
+        ({"weight": 0.5}, {"mixed_with": "itself"}, "weights of mixed sources are .* or none"),
     ],
 )
 def test_bad_settings_end_before_training(

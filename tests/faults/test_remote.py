@@ -28,7 +28,7 @@ def no_waiting(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(remote_module, "FIRST_delay_s", 0.01)
     monkeypatch.setattr(remote_module, "LAST_delay_s", 0.02)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "caches"))
-    shards_module._remembered.cache_clear()
+    shards_module._state.cache_clear()
 
 
 def parts(path: str, remote: Remote | None = None) -> list[tuple[str, bytes, bytes]]:
@@ -57,7 +57,7 @@ def test_what_passes_by_changes_neither_bytes_nor_order(tmp_path: Path, kind: st
 @pytest.mark.parametrize("kind", FAULTS)
 def test_what_does_not_pass_by_stops_at_the_deadline(tmp_path: Path, kind: str) -> None:
     shards(tmp_path, 2)
-    words = {"reset": "Connection", "stall": "imed out", "short": "broke", "less": "in place of 10240"}
+    words = {"reset": "Connection", "stall": "imed out", "short": "broke", "less": "instead of 10240"}
     told = words.get(kind, f"status {kind}")
     with serving(tmp_path, lambda number: kind if number >= 1 else None) as served:
         shard = open_shard(f"{served.url}/00000.tar", Remote(deadline_s=1, timeout_s=0.2))
@@ -227,7 +227,7 @@ def test_a_copy_of_a_shard_that_changed_is_fetched_anew(tmp_path: Path) -> None:
         url, remote = f"{served.url}/00000.tar", cached(tmp_path / "cache", 1)
         open_shard(url, remote)
         shards(folder, 9)
-        shards_module._remembered.cache_clear()
+        shards_module._state.cache_clear()
         assert parts(url, remote) == parts(f"{folder}/00000.tar") and len(parts(url, remote)) == 9
 
 

@@ -1,16 +1,18 @@
 """The first stage's loss: sums, the adaptive weight's closed form, hinge, gradients to whom they belong."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from ldm.diffusion.criterion import L2
 from ldm.errors import UserError
 from ldm.first_stage.autoencoder import Reconstruction
-from ldm.first_stage.loss import L2, FirstStageLoss, adaptive_weight
+from ldm.first_stage.loss import FirstStageLoss, adaptive_weight
 from ldm.first_stage.perceptual import PerceptualDistance
-from ldm.first_stage.regularizer import RegularizerOutput
+from ldm.first_stage.regularizer import KLRegularizer, RegularizerOutput, VQRegularizer
 from ldm.networks.discriminator import PatchDiscriminator
 
 
@@ -32,9 +34,14 @@ class Distance(nn.Module):
         return images.new_full((len(images),), 0.25)
 
 
-def reconstruct(images: Tensor, decoder: Scale, kl: float = 0.0) -> Reconstruction:
+def reconstruct(images: Tensor, decoder: Scale, regularizer: float = 0.0) -> Reconstruction:
     z = decoder(torch.ones_like(images))
-    return Reconstruction(z, RegularizerOutput(z, torch.full((len(images),), kl), {}))
+    return Reconstruction(z, RegularizerOutput(z, torch.tensor(regularizer), {}))
+
+
+def first_stage(decoder: Scale, regularizer: nn.Module | None = None) -> Any:
+    """The parts of a first stage that its loss uses."""
+    return SimpleNamespace(last_layer=decoder.weight, regularizer=regularizer or KLRegularizer())
 
 
 def build(**arguments: Any) -> FirstStageLoss:
@@ -48,12 +55,32 @@ def test_losses_are_summed_over_values_and_divided_by_the_batch() -> None:
     decoder = Scale(0.5)
     perceptual: Any = Distance()
     assert isinstance(perceptual, nn.Module) and not isinstance(perceptual, PerceptualDistance)
-    loss = build(perceptual=perceptual, perceptual_weight=2.0, regularizer_weight=0.1)
-    value, logs = loss.generator(IMAGES, reconstruct(IMAGES, decoder, kl=3.0), 0, decoder.weight)
-    assert float(value.detach()) == pytest.approx(48 * (0.5 + 2.0 * 0.25) + 0.1 * 3.0)
+    loss = build(perceptual=perceptual, perceptual_weight=2.0)
+    value, logs = loss.generator(IMAGES, reconstruct(IMAGES, decoder, 0.3), 0, first_stage(decoder))
+    assert float(value.detach()) == pytest.approx(48 * (0.5 + 2.0 * 0.25) + 0.3)
     assert float(logs["pixel"]) == 0.5 and float(logs["perceptual"]) == 0.25
-    squared, _ = build(pixel=L2()).generator(IMAGES, reconstruct(IMAGES, decoder), 0, decoder.weight)
+    squared, _ = build(pixel=L2()).generator(IMAGES, reconstruct(IMAGES, decoder), 0, first_stage(decoder))
     assert float(squared.detach()) == pytest.approx(48 * 0.25)
+
+
+@pytest.mark.parametrize(
+    ("reduction", "regularizer", "expected"),
+    [
+        (None, KLRegularizer(), 48 * 0.5),
+        (None, VQRegularizer(4, 2), 0.5),
+        ("mean", KLRegularizer(), 0.5),
+        ("sum", VQRegularizer(4, 2), 48 * 0.5),
+    ],
+)
+def test_the_reduction_is_the_regularizers_where_none_is_given(
+    reduction: Any, regularizer: nn.Module, expected: float
+) -> None:
+    decoder = Scale(0.5)
+    loss, stage = build(reduction=reduction), first_stage(decoder, regularizer)
+    value, _ = loss.generator(IMAGES, reconstruct(IMAGES, decoder, 0.3), 0, stage)
+    assert float(value.detach()) == pytest.approx(expected + 0.3)
+    with pytest.raises(UserError, match="reduction=sums"):
+        build(reduction="sums")
 
 
 def test_the_adaptive_weight_is_the_ratio_of_the_gradients() -> None:
@@ -69,8 +96,8 @@ def test_the_adversarial_term_starts_at_its_step() -> None:
     decoder, discriminator = Scale(0.5), Scale(-2.0)
     loss = build(discriminator=discriminator, discriminator_start_steps=7, discriminator_weight=0.5)
     assert [loss.adversarial_at(step) for step in (0, 6, 7, 8)] == [False, False, True, True]
-    before, _ = loss.generator(IMAGES, reconstruct(IMAGES, decoder), 6, decoder.weight)
-    after, logs = loss.generator(IMAGES, reconstruct(IMAGES, decoder), 7, decoder.weight)
+    before, _ = loss.generator(IMAGES, reconstruct(IMAGES, decoder), 6, first_stage(decoder))
+    after, logs = loss.generator(IMAGES, reconstruct(IMAGES, decoder), 7, first_stage(decoder))
     # the decoder's weight w: nll 48 w, adversarial 2 w, so the weight is 0.5 * 48 / (2 + 1e-4)
     weight = 0.5 * 48 / (2 + 1e-4)
     assert float(logs["adversarial_weight"]) == pytest.approx(weight)
@@ -83,7 +110,7 @@ def test_the_adversarial_term_starts_at_its_step() -> None:
 def test_each_player_trains_its_own_weights() -> None:
     decoder, discriminator = Scale(0.5), Scale(-2.0)
     loss = build(discriminator=discriminator, discriminator_start_steps=0)
-    value, _ = loss.generator(IMAGES, reconstruct(IMAGES, decoder), 0, decoder.weight)
+    value, _ = loss.generator(IMAGES, reconstruct(IMAGES, decoder), 0, first_stage(decoder))
     value.backward()
     assert decoder.weight.grad is not None and discriminator.weight.grad is None
     assert discriminator.weight.requires_grad
@@ -108,10 +135,10 @@ def test_bfloat16_reconstructions_give_a_finite_float32_loss() -> None:
     last = nn.Conv2d(4, 3, 3, padding=1).bfloat16()
     images = torch.rand(2, 3, 32, 32)
     made = last(torch.randn(2, 4, 32, 32).bfloat16())
-    reconstruction = Reconstruction(made, RegularizerOutput(made, torch.zeros(2), {}))
+    reconstruction = Reconstruction(made, RegularizerOutput(made, torch.zeros(()), {}))
     discriminator = PatchDiscriminator(channels=4).bfloat16()
     loss = build(discriminator=discriminator, discriminator_start_steps=0)
-    value, logs = loss.generator(images, reconstruction, 0, last.weight)
+    value, logs = loss.generator(images, reconstruction, 0, first_stage(last))
     assert value.dtype == torch.float32 and value.isfinite()
     assert logs["adversarial_weight"].dtype == torch.float32
     value.backward()

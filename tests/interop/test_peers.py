@@ -35,7 +35,7 @@ def statistics(channels: int) -> tuple[torch.Tensor, torch.Tensor]:
 def ours(folder: Path, grid: Grid | None = None) -> torch.Tensor:
     """Our Generator's image [3, H, W]; without a grid on SD's times."""
     generator = Generator(load_trained(str(folder), "ema", "cpu").model)
-    settings = SamplingSettings(DDIM(), grid or Leading(), ClassifierFree(SCALE), STEPS)
+    settings = SamplingSettings(DDIM(), grid or Leading(), ClassifierFree(), STEPS, SCALE)
     return generator.batch([Request({"caption": PROMPT}, SEED)], (SIDE, SIDE), settings)[0]
 
 

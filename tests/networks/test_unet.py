@@ -100,8 +100,8 @@ def inputs_of(unet: UNet) -> dict[str, torch.Tensor]:
     torch.manual_seed(1)
     mask = torch.tensor([[True, True, False], [True, False, False]])
     tokens, vector = torch.randn(2, 3, 12), torch.randn(2, 5)
-    x, concat = torch.randn(2, 4, 20, 12), torch.randn(2, 2, 20, 12)
-    return dict(x=x, t=torch.tensor([10.0, 500.0]), tokens=tokens, mask=mask, vector=vector, concat=concat)
+    z, concat = torch.randn(2, 4, 20, 12), torch.randn(2, 2, 20, 12)
+    return dict(z=z, t=torch.tensor([10.0, 500.0]), tokens=tokens, mask=mask, vector=vector, concat=concat)
 
 
 @torch.no_grad()
@@ -135,7 +135,7 @@ def test_memory_layout_and_batch_change_nothing() -> None:
 def test_every_input_matters() -> None:
     unet = tiny(in_channels=6, vector_dim=5)
     given = {
-        "x": torch.randn(2, 4, 8, 8),
+        "z": torch.randn(2, 4, 8, 8),
         "t": torch.tensor([10.0, 500.0]),
         "tokens": torch.randn(2, 3, 12),
         "vector": torch.randn(2, 5),

@@ -5,6 +5,9 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from ldm.interop.names import WeightMapping
+from ldm.networks.blocks import sinusoidal_embedding
+
+TOLERANCE = 1e-10  # ||difference|| / ||value|| in float64; up to 2.2e-14 is measured
 
 
 def copy_weights(ours: nn.Module, peer: nn.Module, pieces: Sequence[WeightMapping]) -> None:
@@ -49,3 +52,18 @@ def spread(module: nn.Module) -> None:
     for parameter in module.parameters():
         if parameter.ndim > 1:
             nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
+
+
+class OurSinusoids(nn.Module):
+    """Our time embedding for a peer, instead of its `time_proj`.
+
+    Both sides compute the sinusoids in float32 whatever the type of the rest, so their last digits differ.
+    `test_unet.py` compares the sinusoids themselves.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.channels = channels
+
+    def forward(self, t: Tensor) -> Tensor:
+        return sinusoidal_embedding(t, self.channels)

@@ -9,12 +9,11 @@ from ldm.interop.names import unet_to_diffusers
 from ldm.networks.controlnet import ControlNet
 from ldm.networks.unet import UNet
 
-from .names import copy_weights, gradients_of, relative, spread, worst_gradient
+from .names import TOLERANCE, OurSinusoids, copy_weights, gradients_of, relative, spread, worst_gradient
 from .test_unet import CONDITIONAL
 
 diffusers = pytest.importorskip("diffusers")
-
-TOLERANCE = 1e-5  # ||difference|| / ||value||, float32
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 def hint_names(net: ControlNet) -> dict[str, str]:
@@ -49,6 +48,7 @@ def test_what_it_adds_the_controlled_prediction_and_gradients_are_those_of_diffu
     state: dict[str, Tensor] = {piece.theirs: piece.of(trunk) for piece in pieces}
     state |= {name: own[mine] for mine, name in hint_names(net).items()}
     peer.load_state_dict({name: state[name] for name in peer.state_dict()}, strict=True)
+    peer.time_proj = peer_unet.time_proj = OurSinusoids(unet.model_channels)
 
     x, t = torch.randn(2, 4, 16, 24), torch.tensor([7.0, 800.0])
     tokens, hint = torch.randn(2, 5, 24), torch.rand(2, 3, 128, 192)

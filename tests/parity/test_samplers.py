@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 pytest.importorskip("diffusers")
 
@@ -25,14 +25,18 @@ from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.prediction import Epsilon, V
 from ldm.diffusion.schedule import ScaledLinear
 from ldm.sampling.sampler import steps_of
+from tests.networks.toy import ToyNetwork
 
 from .names import relative
 
 SCHEDULE = ScaledLinear()
+# ||difference|| / ||value||. diffusers' alphas_cumprod (a product of up to 1000 factors) and sigmas are in float32
+# whatever the samples' type, and samples in float64 differ as much: up to 1.4e-6.
+TOLERANCE = 1e-5
 ALL = PEERS | MORE_PEERS
 
 
-class Network(nn.Module):
+class Network(ToyNetwork):
     """A noise estimate that depends on z and t in every number, and leads to bounded samples; notes its inputs."""
 
     def __init__(self) -> None:
@@ -83,10 +87,11 @@ def agree(entry: Peer) -> None:
     """Both ask the network the same, and end with the same sample."""
     z = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     (one, end), (other, expected) = ours(entry, z), theirs(entry, z)
-    # Between the integers diffusers finds times from sigmas in float32.
+    # Between the integers diffusers finds times from sigmas in float32, which are off by 1e-6 and rounded logarithms
+    # by 2e-7, where a step of time is 3e-3 of the logarithm or more: up to 1.2e-3 is measured.
     assert one.times == pytest.approx(other.times, abs=5e-3)
     errors = [relative(a, b) for a, b in zip([*one.inputs, end], [*other.inputs, expected], strict=True)]
-    assert max(errors) < 1e-5, errors
+    assert max(errors) < TOLERANCE, errors
 
 
 def test_v_prediction_gives_the_same_trajectory() -> None:
@@ -101,7 +106,7 @@ def test_v_prediction_gives_the_same_trajectory() -> None:
     end = entry.sampler(denoiser.bind({}), z, steps_of(entry.times, SCHEDULE, len(z)), lambda shape: z)
     scheduler: Any = diffusers.DDIMScheduler(**SD_DDIM, prediction_type="v_prediction")
     scheduler.set_timesteps(STEPS)
-    assert relative(end, scheduler_run(entry, scheduler, Network(), z, torch.Generator())) < 1e-5
+    assert relative(end, scheduler_run(entry, scheduler, Network(), z, torch.Generator())) < TOLERANCE
 
 
 def test_every_shipped_sampler_has_a_peer() -> None:

@@ -10,7 +10,7 @@ from ldm.conditioning import (
     TextConditioner,
     captions_tokenizer,
     clip_projection_from_pretrained,
-    clip_text_from_pretrained,
+    text_encoder_from_pretrained,
 )
 from ldm.errors import UserError
 from ldm.interop.names import text_to_transformers
@@ -49,7 +49,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(("layer", "final_norm"), [(-1, True), (-2, True), (-2, False)])
 def test_states_pooled_and_gradients_are_those_of_transformers(folder: Path, layer: int, final_norm: bool) -> None:
     ours = TextConditioner(
-        clip_text_from_pretrained(str(folder)),
+        text_encoder_from_pretrained(str(folder)),
         captions_tokenizer([], folder),
         layer=layer,
         final_norm=final_norm,
@@ -59,7 +59,7 @@ def test_states_pooled_and_gradients_are_those_of_transformers(folder: Path, lay
         max_length=12,
     )
     peer = CLIPTextModelWithProjection.from_pretrained(folder)
-    ids = ours.tokens(CAPTIONS)
+    ids, _ = ours.tokenize(CAPTIONS)
     theirs = peer(input_ids=ids, output_hidden_states=True)
     states = theirs.last_hidden_state if layer == -1 else theirs.hidden_states[layer]
     if final_norm and layer != -1:
@@ -77,16 +77,16 @@ def test_states_pooled_and_gradients_are_those_of_transformers(folder: Path, lay
 
 
 def test_left_out_layers_are_the_last(folder: Path) -> None:
-    two = clip_text_from_pretrained(str(folder), clip_skip=1)
+    two = text_encoder_from_pretrained(str(folder), clip_skip=1)
     ids = torch.tensor([[1, 2, 3]])
     peer = CLIPTextModelWithProjection.from_pretrained(folder).text_model
     wanted = peer.final_layer_norm(peer(input_ids=ids, output_hidden_states=True).hidden_states[-2])
     assert relative(two(input_ids=ids).last_hidden_state, wanted) < TOLERANCE
-    with pytest.raises(UserError, match="has 3 layers, and one has to stay"):
-        clip_text_from_pretrained(str(folder), clip_skip=3)
+    with pytest.raises(UserError, match=r"clip_skip=3: .* has 3 layers"):
+        text_encoder_from_pretrained(str(folder), clip_skip=3)
 
 
 def test_a_text_model_without_a_projection_is_refused(folder: Path, tmp_path: Path) -> None:
-    clip_text_from_pretrained(str(folder)).save_pretrained(tmp_path / "plain")
+    text_encoder_from_pretrained(str(folder)).save_pretrained(tmp_path / "plain")
     with pytest.raises(UserError, match="text encoder with a projection"):
         clip_projection_from_pretrained(str(tmp_path / "plain"))

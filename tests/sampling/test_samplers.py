@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from omegaconf import OmegaConf
-from torch import Tensor, nn
+from torch import Tensor
 
 from ldm.config.build import build
 from ldm.config.compose import CONFIGS
@@ -23,6 +23,7 @@ from ldm.errors import UserError
 from ldm.sampling.grid import Grid, Karras, Leading, Linspace, Shifted, Trailing, UniformLogSNR
 from ldm.sampling.noise import ImageNoise
 from ldm.sampling.sampler import start, steps_of
+from tests.networks.toy import ToyNetwork
 
 SCHEDULE = ScaledLinear()
 MEAN, STD = 0.7, 0.4
@@ -53,7 +54,7 @@ def test_every_shipped_sampler_finds_the_data(path: Path) -> None:
     z, told = unit_noise(5_000), list[int]()
     before = z.clone()
     noise, times = ImageNoise(list(range(5_000))), Trailing()(SCHEDULE, 100)
-    end = build(OmegaConf.load(path))(exact(SCHEDULE), z, steps_of(times, SCHEDULE, len(z)), noise, told.append)
+    end = build(OmegaConf.load(path))(exact(SCHEDULE), z, steps_of(times, SCHEDULE, len(z), told.append), noise)
     assert torch.equal(z, before)
     assert told == list(range(1, 101))
     assert float(end.mean()) == pytest.approx(MEAN, abs=0.03)
@@ -84,7 +85,7 @@ def test_every_sampler_goes_with_every_grid(path: Path, grid: Grid) -> None:
     assert float(end.std()) == pytest.approx(STD, rel=0.25)
 
 
-class ExactNetwork(nn.Module):
+class ExactNetwork(ToyNetwork):
     """What the best network of a prediction type puts out for the data N(MEAN, STD^2)."""
 
     def __init__(self, schedule: Schedule, prediction: Prediction) -> None:

@@ -60,7 +60,7 @@ def test_finished_stages_are_not_run_again(finished: Path, tiny_shapes: Path, mo
 def test_a_trained_model_samples_each_image_from_its_own_seed(finished: Path) -> None:
     trained = load_trained(str(finished), "ema", "cpu")
     assert trained.folder.record["stage"] == "finetune"
-    settings = SamplingSettings(DDIM(), Trailing(), ClassifierFree(3.0), steps=3)
+    settings = SamplingSettings(DDIM(), Trailing(), ClassifierFree(), 3, 3.0)
     requests = [Request({"caption": "a large red circle in the centre"}, seed) for seed in range(5)]
     generator = Generator(trained.model)
     together = torch.stack(list(generator.generate(requests, (32, 32), settings, batch_size=5)))

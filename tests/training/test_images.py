@@ -21,7 +21,7 @@ from ldm.training.images import ReconstructionSheets, SampleSheets
 from ldm.training.module import TrainingModule
 from tests.training.miniature import train
 
-SETTINGS = SamplingSettings(DPMPP2M(), Trailing(), ClassifierFree(2.0), 2)
+SETTINGS = SamplingSettings(DPMPP2M(), Trailing(), ClassifierFree(), 2, 2.0)
 STEPS = "curriculum.{}.trainer.max_steps=3"
 
 

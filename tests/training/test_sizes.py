@@ -7,7 +7,7 @@ import torch
 
 from ldm.conditioning.compose import Compose
 from ldm.conditioning.micro import MicroConditioner
-from ldm.data.loading.cache import Encoders, Work, write_latents
+from ldm.data.loading.cache import Encoders, ShardPartition, write_latents
 from ldm.data.loading.datamodule import ShardDataModule
 from ldm.data.loading.latents import LatentRecord
 from ldm.data.loading.shard_source import ShardSource, Source
@@ -20,7 +20,7 @@ def latents(source: ShardSource, out: Path) -> Source:
     fingerprint = source.manifest().fingerprint
     record = LatentRecord("a", fingerprint, ((16, 16),), variants=4, random_crop=True)
     encode = Encoders(lambda images: torch.zeros(len(images), 2, 4, 2, 2))
-    return write_latents(source, record, encode, out, Work(), progress=False)
+    return write_latents(source, record, encode, out, ShardPartition(), progress=False)
 
 
 @pytest.mark.parametrize("cached", [False, True])

@@ -1,7 +1,7 @@
-"""Makes shards of latents beside shards of pictures: `python -m ldm.data.cache` and the knob `latents` of train.py.
+"""Precomputes latents of shards of pictures: `python -m ldm.data.cache` and the knob `latents` of train.py.
 
-One shard of pictures becomes one shard of latents, whole or not at all, so that the work is shared by shards and
-goes on where it stopped.
+One shard of pictures becomes one shard of latents, whole or not at all, so that processes share the work by shards and
+an interrupted cache resumes.
 """
 
 import json
@@ -23,25 +23,25 @@ from ldm.data.loading.fetch import Fetcher, Sample, as_images
 from ldm.data.loading.latents import CAPTIONS, MOMENTS, PLACES, RECORD, LatentRecord, LatentSource, pack, write_record
 from ldm.data.loading.shard_source import ShardSource
 from ldm.data.order.selection import Selection
-from ldm.data.shards.picture import BadSample
-from ldm.data.shards.shards import write_shard
+from ldm.data.shards.index import load_manifest
+from ldm.data.shards.picture import BadSample, Size
 from ldm.data.shards.tar import LATENTS
+from ldm.data.shards.write import write_shard
 from ldm.errors import UserError
 
 Encode = Callable[[Tensor], Tensor]
 """Mean and std [B, 2, C, h, w] of the normalised latents of images [B, 3, H, W] in [-1, 1]."""
 EncodeTexts = Callable[[list[str]], dict[str, Tensor]]
-"""What the text encoders make of captions: tensors [B, ...], by names that training asks for."""
+"""The text encoders' states of captions: tensors [B, ...], by the names that training reads."""
 
-COMMAND = "ldm.commands.cache_latents"  # what builds the first stage that the command encodes with
 POLL_s = 0.5
 
 
 @dataclass(frozen=True)
-class Work:
-    """How much of the work this process does, and how.
+class ShardPartition:
+    """Which shards this process encodes, and how.
 
-    rank, world   of the processes that share the shards; each takes every world-th
+    rank, world   of the processes that share the shards; each encodes every world-th
     batch         pictures that are encoded at once
     workers       processes that decode pictures
     max_bad       it ends when more than this share of the pictures, and more than ten, cannot be used
@@ -55,30 +55,36 @@ class Work:
 
 
 @dataclass
-class _Chunk:
-    """Samples of a shard, of one size: their keys, parts and pictures; `bad` are those left out."""
+class _Picture:
+    """A sample to encode: its key, stored parts, variants, captions, and the (width, height) that buckets go by."""
 
-    size: tuple[int, int]
+    key: str
+    parts: dict[str, bytes]
+    variants: list[Sample]
+    captions: list[str]
+    indexed: tuple[int, int]
+
+
+@dataclass
+class _Chunk:
+    """Samples of a shard, of one size; `bad` are (key, reason) of those left out, `last` ends the shard."""
+
+    size: Size
     last: bool
-    keys: list[str] = field(default_factory=list)
-    parts: list[dict[str, bytes]] = field(default_factory=list)
-    variants: list[list[Sample]] = field(default_factory=list)
-    captions: list[list[str]] = field(default_factory=list)
-    indexed: list[tuple[int, int]] = field(default_factory=list)  # (width, height), what buckets are chosen by
+    pictures: list[_Picture] = field(default_factory=list)
     bad: list[tuple[str, str]] = field(default_factory=list)
 
 
 class _Chunks(Dataset[_Chunk]):
-    """The chosen samples of some shards, size by size, decoded, in chunks that do not cross shards."""
+    """The selected samples of some shards, size by size, decoded, in chunks that do not cross shards."""
 
     def __init__(self, fetcher: Fetcher, shards: Sequence[int], batch: int, record: LatentRecord) -> None:
         self.fetcher = fetcher
         self.record = record
-        self.chunks: list[tuple[NDArray[np.int64], tuple[int, int], bool]] = []
+        self.chunks: list[tuple[NDArray[np.int64], Size, bool]] = []
         for shard in shards:
-            numbers, buckets = fetcher.chosen.within(
-                *np.searchsorted(fetcher.manifest.shard, [shard, shard + 1]).tolist()
-            )
+            bounds = np.searchsorted(fetcher.manifest.shard, [shard, shard + 1]).tolist()
+            numbers, buckets = fetcher.selection.within(*bounds)
             cuts = {0, len(numbers), *(np.flatnonzero(np.diff(buckets)) + 1).tolist()}
             for first, stop in pairwise(sorted(cuts)):
                 size = record.sizes[buckets[first]]
@@ -97,26 +103,23 @@ class _Chunks(Dataset[_Chunk]):
     def __getitem__(self, number: int) -> _Chunk:
         indices, size, last = self.chunks[number]
         chunk = _Chunk(size, last)
+        manifest = self.fetcher.manifest
         for index in indices.tolist():
-            manifest = self.fetcher.manifest
-            key = manifest.key(index)
             try:
-                made = [self.fetcher(index, variant, size) for variant in range(self.record.variants)]
+                variants = [self.fetcher(index, variant, size) for variant in range(self.record.variants)]
                 captions = self.fetcher.alternatives(index) if self.record.texts else []
             except BadSample as reason:
-                chunk.bad.append((key, str(reason)))
+                chunk.bad.append((manifest.key(index), str(reason)))
                 continue
-            chunk.keys.append(key)
-            chunk.parts.append(self.fetcher.parts(index))
-            chunk.variants.append(made)
-            chunk.captions.append(captions)
-            chunk.indexed.append((int(manifest.width[index]), int(manifest.height[index])))
+            indexed = int(manifest.width[index]), int(manifest.height[index])
+            parts = self.fetcher.parts(index)
+            chunk.pictures.append(_Picture(manifest.key(index), parts, variants, captions, indexed))
         return chunk
 
 
 @dataclass(frozen=True)
 class Encoders:
-    """What makes latents, and states of captions where the record has texts."""
+    """What computes latents, and states of captions where the record has texts."""
 
     images: Encode
     texts: EncodeTexts | None = None
@@ -127,39 +130,40 @@ def write_latents(
     record: LatentRecord,
     encoders: Encoders,
     out: Path,
-    work: Work,
-    chosen: Selection | None = None,
+    partition: ShardPartition,
+    selection: Selection | None = None,
     progress: bool = True,
 ) -> LatentSource:
-    """Writes this process's share of the latents of `source` to the folder `out`, and waits for the others'.
+    """Writes this process's part of the latents of `source` to the folder `out`, and waits for the others'.
 
-    `chosen` are the samples of each of the record's sizes; None: all, at the one size. What is there already is kept.
-    Returns the source to train from. UserError where `out` holds another cache, or too many pictures are bad.
+    `selection` are the samples of each of the record's sizes; None: all, at the one size. Shards that are there already
+    are kept. Returns the source to train from. UserError where `out` holds another cache, or too many pictures are bad.
     """
-    finished = LatentSource(str(out), source.require_caption, captions=source.captions, weight=source.weight)
+    latents = LatentSource(str(out), source.require_caption, captions=source.captions, weight=source.weight)
     if (out / RECORD).is_file() and _is_finished(out, record):
-        return finished
+        return latents
     out.mkdir(parents=True, exist_ok=True)
-    if work.rank == 0 and not (out / RECORD).exists():
+    if partition.rank == 0 and not (out / RECORD).exists():
         write_record(out, record, None)
     manifest = source.manifest()
     paths = [out / f"{number:06d}.tar" for number in range(len(manifest.paths))]
-    own = [number for number in range(work.rank, len(paths), work.world) if not paths[number].exists()]
+    missing = [number for number in range(partition.rank, len(paths), partition.world) if not paths[number].exists()]
     started = time.monotonic()
-    made = 0
-    if own:
-        fetcher = source.fetcher(manifest, record.sizes, record.seed, decode=record.decode, chosen=chosen)
-        made = _write_shards(fetcher, own, paths, record, encoders, work, progress)
-    if work.rank == 0:
+    count = 0
+    if missing:
+        fetcher = source.fetcher(manifest, record.sizes, record.seed, decode=record.decode, selection=selection)
+        chunks = _Chunks(fetcher, missing, partition.batch, record)
+        count = _write_shards(chunks, [paths[number] for number in missing], encoders, partition, progress)
+    if partition.rank == 0:
         _wait(lambda: all(path.exists() for path in paths))
         seconds = round(time.monotonic() - started, 1)
-        write_record(out, record, _counts(out, paths, made, seconds))
+        write_record(out, record, _counts(out, paths, count, seconds))
     _wait(lambda: (out / RECORD).exists() and _is_finished(out, record))
-    return finished
+    return latents
 
 
 def _wait(ready: Callable[[], bool]) -> None:
-    """For the other processes; each ends with the launch that started it."""
+    """Waits for the other processes; each ends with the launch that started it."""
     while not ready():
         time.sleep(POLL_s)
 
@@ -173,97 +177,87 @@ def _is_finished(out: Path, record: LatentRecord) -> bool:
             "give another folder, or delete that one"
         )
     wanted: dict[str, Any] = json.loads(json.dumps(asdict(record)))
-    if other := [name for name in wanted if facts.get(name) != wanted[name]]:
-        told = ", ".join(f"{name} {facts.get(name)}, wanted {wanted[name]}" for name in other)
-        raise UserError(f"{out} holds other latents ({told}): give another folder")
+    if changed := [name for name in wanted if facts.get(name) != wanted[name]]:
+        changes = ", ".join(f"{name} {facts.get(name)}, wanted {wanted[name]}" for name in changed)
+        raise UserError(f"{out} holds other latents ({changes}): give another folder")
     return bool(facts.get("finished"))
 
 
 def _write_shards(
-    fetcher: Fetcher,
-    own: Sequence[int],
-    paths: Sequence[Path],
-    record: LatentRecord,
-    encoders: Encoders,
-    work: Work,
-    progress: bool,
+    chunks: _Chunks, paths: Sequence[Path], encoders: Encoders, partition: ShardPartition, progress: bool
 ) -> int:
-    """Writes the shards `own`; returns how many pictures were encoded."""
-    chunks = _Chunks(fetcher, own, work.batch, record)
-    loader: DataLoader[Any] = DataLoader(chunks, batch_size=None, num_workers=work.workers)
+    """Writes the chunks' shards to `paths`; returns how many pictures were encoded."""
+    loader: DataLoader[Any] = DataLoader(chunks, batch_size=None, num_workers=partition.workers)
     bar: Any = tqdm(total=chunks.samples, unit="picture", desc="latents", disable=not progress, mininterval=1.0)
-    left_out: list[tuple[str, str]] = []
-    made = 0
+    bad: list[tuple[str, str]] = []
+    count = 0
     stream = iter(loader)
     with bar:
-        for number in own:
-            before = len(left_out)
-            made += write_shard(paths[number], _samples(stream, record, encoders, left_out, bar))
-            if len(left_out) > before:
-                told = [{"key": key, "reason": reason} for key, reason in left_out[before:]]
-                paths[number].with_suffix(".left_out.json").write_text(json.dumps(told, indent=1))
-            seen = made + len(left_out)
-            if len(left_out) > max(10, work.max_bad * seen):
-                listed = "\n".join(f"  {key}: {reason}" for key, reason in left_out[:10])
-                raise UserError(f"{len(left_out)} of {seen} pictures cannot be used:\n{listed}\nmend these shards")
-    return made
+        for path in paths:
+            before = len(bad)
+            count += write_shard(path, _samples(stream, encoders, bad, bar))
+            if len(bad) > before:
+                lines = [{"key": key, "reason": reason} for key, reason in bad[before:]]
+                path.with_suffix(".left_out.json").write_text(json.dumps(lines, indent=1))
+            seen = count + len(bad)
+            if len(bad) > max(10, partition.max_bad * seen):
+                listed = "\n".join(f"  {key}: {reason}" for key, reason in bad[:10])
+                raise UserError(f"{len(bad)} of {seen} pictures cannot be used:\n{listed}\nfix these shards")
+    return count
 
 
 def _samples(
-    stream: Iterator[_Chunk], record: LatentRecord, encoders: Encoders, left_out: list[tuple[str, str]], bar: Any
+    stream: Iterator[_Chunk], encoders: Encoders, bad: list[tuple[str, str]], bar: Any
 ) -> Iterator[tuple[str, dict[str, bytes]]]:
-    """The samples of one shard as they come from the loader, encoded."""
+    """The encoded samples of one shard, as the loader delivers them; the bad ones are added to `bad`."""
     for chunk in stream:
-        left_out += chunk.bad
-        if chunk.keys:
-            flat = np.stack([sample.pixels for variants in chunk.variants for sample in variants])
-            moments = encoders.images(as_images(flat)).to("cpu", torch.float16).numpy()
-            moments = moments.reshape(len(chunk.keys), record.variants, *moments.shape[1:])
-            texts = _encode_texts(chunk, encoders.texts)
-            for i, key in enumerate(chunk.keys):
-                arrays = {MOMENTS: moments[i], **texts[i]}
-                yield key, _members(chunk, i, arrays)
-        bar.update(len(chunk.keys) + len(chunk.bad))
+        bad += chunk.bad
+        if chunk.pictures:
+            pixels = np.stack([sample.pixels for picture in chunk.pictures for sample in picture.variants])
+            moments = encoders.images(as_images(pixels)).to("cpu", torch.float16).numpy()
+            moments = moments.reshape(len(chunk.pictures), -1, *moments.shape[1:])
+            texts = _encode_texts([picture.captions for picture in chunk.pictures], encoders.texts)
+            for picture, moment, states in zip(chunk.pictures, moments, texts, strict=True):
+                yield picture.key, _members(picture, chunk.size, {MOMENTS: moment, **states})
+        bar.update(len(chunk.pictures) + len(chunk.bad))
         if chunk.last:
             return
 
 
-def _encode_texts(chunk: _Chunk, encode: EncodeTexts | None) -> list[dict[str, Any]]:
-    """What each sample's captions are encoded to: arrays [captions of the sample, ...] by name."""
+def _encode_texts(captions: list[list[str]], encode: EncodeTexts | None) -> list[dict[str, Any]]:
+    """The states of each sample's captions: arrays [captions of the sample, ...] by name."""
     if encode is None:
-        return [{} for _ in chunk.keys]
-    ends = np.cumsum([len(captions) for captions in chunk.captions])[:-1]
-    made = encode([caption for captions in chunk.captions for caption in captions])
-    half = {name: states.to("cpu") for name, states in made.items()}
-    arrays = {name: (t.half() if t.is_floating_point() else t).numpy() for name, t in half.items()}
+        return [{} for _ in captions]
+    ends = np.cumsum([len(texts) for texts in captions])[:-1]
+    states = {name: t.to("cpu") for name, t in encode([text for texts in captions for text in texts]).items()}
+    arrays = {name: (t.half() if t.is_floating_point() else t).numpy() for name, t in states.items()}
     parts = {name: np.split(array, ends) for name, array in arrays.items()}
-    return [{name: parts[name][i] for name in parts} for i in range(len(chunk.keys))]
+    return [{name: parts[name][i] for name in parts} for i in range(len(captions))]
 
 
-def _members(chunk: _Chunk, number: int, arrays: dict[str, Any]) -> dict[str, bytes]:
+def _members(picture: _Picture, size: Size, arrays: dict[str, Any]) -> dict[str, bytes]:
     """The members of a sample by extension: latents, and the text and JSON that the picture had."""
-    parts, variants = chunk.parts[number], chunk.variants[number]
-    facts = json.loads(parts["json"]) if "json" in parts else {}
-    original = variants[0].original_size
-    width, height = chunk.indexed[number] if all(chunk.indexed[number]) else original[::-1]
+    facts = json.loads(picture.parts["json"]) if "json" in picture.parts else {}
+    original = picture.variants[0].original_size
+    width, height = picture.indexed if all(picture.indexed) else original[::-1]
     facts |= {"width": width, "height": height}
-    if chunk.captions[number]:
-        facts[CAPTIONS] = chunk.captions[number]
-    arrays |= {PLACES: np.array([chunk.size, original, *(sample.crop for sample in variants)], np.int32)}
-    text = {"txt": parts["txt"]} if "txt" in parts else {}
+    if picture.captions:
+        facts[CAPTIONS] = picture.captions
+    arrays |= {PLACES: np.array([size, original, *(sample.crop for sample in picture.variants)], np.int32)}
+    text = {"txt": picture.parts["txt"]} if "txt" in picture.parts else {}
     return {LATENTS: pack(arrays), **text, "json": json.dumps(facts).encode()}
 
 
-def _counts(out: Path, paths: Sequence[Path], made: int, seconds: float) -> dict[str, Any]:
-    """What a finished cache amounts to; the rate is this process's."""
-    manifest = LatentSource(str(out)).open()
+def _counts(out: Path, paths: Sequence[Path], count: int, seconds: float) -> dict[str, Any]:
+    """The counts of a finished cache; the rate is this process's."""
+    samples = len(load_manifest(str(out)))
     size = sum(path.stat().st_size for path in paths)
     left_out = [json.loads(path.read_text()) for path in sorted(out.glob("*.left_out.json"))]
     return {
-        "samples": len(manifest),
+        "samples": samples,
         "left_out": sum(map(len, left_out)),
         "bytes": size,
-        "bytes_per_sample": round(size / max(1, len(manifest))),
+        "bytes_per_sample": round(size / max(1, samples)),
         "seconds": seconds,
-        "pictures_per_second": round(made / seconds, 1) if seconds else None,
+        "pictures_per_second": round(count / seconds, 1) if seconds else None,
     }

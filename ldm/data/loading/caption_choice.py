@@ -1,4 +1,4 @@
-"""Which of a sample's captions a visit uses: fields with weights, drawn from the visit's address."""
+"""Which of a sample's captions a visit uses: fields with weights, drawn from (seed, epoch, sample)."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -6,13 +6,13 @@ from typing import Any
 
 from ldm.data.shards.index import Manifest
 from ldm.data.shards.picture import BadSample
-from ldm.data.shards.tar import JSON_CAPTION, NO_CAPTION, MAX_text_bytes
+from ldm.data.shards.tar import JSON_CAPTION, NO_CAPTION, MAX_text_bytes, json_object
 from ldm.errors import UserError, nearest
 from ldm.randomness import key
 
 TEXT, JSON, EMPTY = "txt", "json.", "empty"
 MAX_caption_bytes = 1 << 16
-PROBED = 64
+PROBES = 64  # samples in which the fields are looked for
 
 Read = Callable[[int, int, int], bytes]  # (sample, offset, size) -> bytes
 
@@ -23,8 +23,8 @@ class CaptionChoice:
     weights   of the fields `txt`, `json.NAME` and `empty`; None: the text, else the JSON's `caption`
     required  a sample without caption is bad; else it has the empty one
 
-    A visit draws a field by the weights. Where the sample lacks it the draw is repeated among the others but `empty`,
-    and where none is left the sample has no caption. A JSON field that is a list of texts gives one of them.
+    A visit draws a field by the weights. Where the sample lacks it, another is drawn from the rest without `empty`;
+    without any field the sample has no caption. A JSON field that is a list of texts gives one of them.
     """
 
     def __init__(self, weights: Mapping[str, float] | None = None, required: bool = True) -> None:
@@ -44,11 +44,11 @@ class CaptionChoice:
         """The caption of a visit. Raises BadSample where there is none and one is required, or it is too long."""
         if self.weights is None:
             return self._first(manifest, read, index)
-        left = {name: weight for name, weight in self.weights.items() if weight > 0}
+        fields = {name: weight for name, weight in self.weights.items() if weight > 0}
         facts: dict[str, Any] | None = None
-        while left:
-            draw = key(seed, "caption", epoch, index, len(left)) % (1 << 64) / 2.0**64
-            name = _drawn(left, draw)
+        while fields:
+            draw = key(seed, "caption", epoch, index, len(fields)) % (1 << 64) / 2.0**64
+            name = _pick(fields, draw)
             if name == EMPTY:
                 return ""
             if name == TEXT:
@@ -58,7 +58,7 @@ class CaptionChoice:
                 text = _one(facts.get(name.removeprefix(JSON)), key(seed, "caption", epoch, index, name))
             if text:
                 return text
-            left = {other: weight for other, weight in left.items() if other not in (name, EMPTY)}
+            fields = {other: weight for other, weight in fields.items() if other not in (name, EMPTY)}
         return self._none()
 
     def alternatives(self, manifest: Manifest, read: Read, index: int) -> list[str]:
@@ -94,25 +94,24 @@ class CaptionChoice:
         size = int(manifest.text_size[index])
         if size > MAX_caption_bytes:
             raise BadSample("caption too long")
-        return (
-            read(index, int(manifest.text_offset[index]), size).decode("utf-8", "replace").strip() if size > 0 else ""
-        )
+        data = read(index, int(manifest.text_offset[index]), size) if size > 0 else b""
+        return data.decode("utf-8", "replace").strip()
 
     def check(self, manifest: Manifest, read: Read) -> None:
         """Raises UserError for a field that none of a few samples, spread over the manifest, has."""
-        wanted = [n.removeprefix(JSON) for n, w in (self.weights or {}).items() if n.startswith(JSON) and w > 0]
-        if not wanted:
+        names = [n.removeprefix(JSON) for n, w in (self.weights or {}).items() if n.startswith(JSON) and w > 0]
+        if not names:
             return
-        there: set[str] = set()
-        for index in range(0, len(manifest), max(1, len(manifest) // PROBED)):
+        present: set[str] = set()
+        for index in range(0, len(manifest), max(1, len(manifest) // PROBES)):
             try:
                 facts = json_part(manifest, read, index)
             except BadSample:
                 continue
-            there |= {name for name, value in facts.items() if isinstance(value, str | list)}
-        for name in wanted:
-            if name not in there:
-                raise UserError(f"captions: no sample's JSON has a text {name!r}; {nearest(name, there)}")
+            present |= {name for name, value in facts.items() if isinstance(value, str | list)}
+        for name in names:
+            if name not in present:
+                raise UserError(f"captions: no sample's JSON has a text {name!r}; {nearest(name, present)}")
 
 
 def json_part(manifest: Manifest, read: Read, index: int) -> dict[str, Any]:
@@ -127,7 +126,12 @@ def json_part(manifest: Manifest, read: Read, index: int) -> dict[str, Any]:
     return facts if isinstance(facts, dict) else {}
 
 
-def _drawn(weights: Mapping[str, float], draw: float) -> str:
+def json_caption(data: bytes) -> str:
+    """The caption in a JSON part; empty where it has none or is corrupt."""
+    return "".join(_texts(json_object(data).get("caption"))[:1])
+
+
+def _pick(weights: Mapping[str, float], draw: float) -> str:
     """The field at a place in [0, 1) of the weights laid end to end."""
     place = draw * sum(weights.values())
     for name, weight in weights.items():

@@ -1,4 +1,4 @@
-"""Shards as a LightningDataModule that goes on exactly where a run stopped.
+"""Shards as a LightningDataModule that resumes exactly where a run stopped.
 
 One Lightning epoch is the whole run. The state is a few integers: the optimizer steps done, and what the
 order of samples depends on.
@@ -16,13 +16,14 @@ from ldm.data.loading.data_record import write_record
 from ldm.data.loading.decode import decoder
 from ldm.data.loading.fetch import Fetcher, View
 from ldm.data.loading.loader import StepLoader, TrainBatches, ValBatches
-from ldm.data.loading.quarantine import Quarantine
+from ldm.data.loading.quarantine import Quarantine, Skipped
 from ldm.data.loading.shard_source import Source
 from ldm.data.order.buckets import Buckets
 from ldm.data.order.filters import Filter
 from ldm.data.order.plan import Plan, micro_batch
 from ldm.data.order.selection import Selection, SelectionRequest, select
 from ldm.data.shards.index import Manifest, index_shards
+from ldm.data.shards.picture import Size
 from ldm.errors import UserError
 
 GiB = 1 << 30
@@ -33,7 +34,7 @@ log = logging.getLogger(__name__)
 class ShardDataModule(pl.LightningDataModule):
     """Batches for `total_steps` optimizer steps of `global_batch` samples, over any ranks and workers.
 
-    train, val     where the samples come from; val None: no validation
+    train, val     where the samples come from; val None: no validation; train None: a subclass has another source
     size           side of the images in pixels, or [height, width]
     total_steps    optimizer steps of the whole run
     accumulation   micro-steps of an optimizer step; None: the Trainer's accumulate_grad_batches
@@ -46,9 +47,9 @@ class ShardDataModule(pl.LightningDataModule):
     max_bad_of_shard   or of a shard's samples
     buckets        aspect-ratio buckets to train in, about as large as `size`; None: all at `size`
     mixed_with     further sources by name, mixed with `train` by their weights
-    decode         how JPEGs are decoded: exact, fast or lanczos, see ldm/data/decode.py
+    decode         how JPEGs are decoded: exact, fast or lanczos, see ldm/data/loading/decode.py
     threads        of each loader process (or of the rank, where it has none) that decode; 0: the process itself
-    folder         where data.json tells what was used, and quarantine.jsonl what was bad; None: nowhere
+    folder         for data.json, the samples used, and quarantine.jsonl, the bad ones; None: nowhere
 
     Training calls `advance(steps)` with the number of steps done after each optimizer step, before anything
     saves a checkpoint: that number is what the checkpoint keeps. (A module's own `on_train_batch_end` is too
@@ -57,7 +58,7 @@ class ShardDataModule(pl.LightningDataModule):
 
     def __init__(
         self,
-        train: Source,
+        train: Source | None,
         val: Source | None,
         size: int | Sequence[int],
         global_batch: int,
@@ -89,37 +90,40 @@ class ShardDataModule(pl.LightningDataModule):
         self.max_bad, self.max_bad_of_shard = max_bad, max_bad_of_shard
         self.buckets, self.decode, self.threads = buckets, decode, threads
         self.folder = Path(folder) if folder is not None else None
-        self.sources: dict[str, Source] = {"train": train, **(mixed_with or {})}
+        self.sources = ({} if train is None else {"train": train}) | dict(mixed_with or {})
         self.val = val
+        self.quarantine: Quarantine | Skipped
         self.steps_done = 0
         self._restored: dict[str, Any] = {}
 
     @property
-    def sizes(self) -> list[tuple[int, int]]:
+    def sizes(self) -> list[Size]:
         """The (height, width) that batches may have."""
         size = View.of(self.size).size
         return self.buckets.sizes(size) if self.buckets else [size]
 
-    def _every_source(self) -> list[Source]:
-        """Those that are trained on, and the validation's."""
+    def _all_sources(self) -> list[Source]:
+        """The training sources and the validation's."""
         return [*self.sources.values(), *([self.val] if self.val is not None else [])]
+
+    def index(self) -> None:
+        """Indexes the shards of all sources."""
+        for source in self._all_sources():
+            index_shards(source.shards, source.index, remote=source.remote)
 
     def prepare_data(self) -> None:
         """Indexes the shards and selects the samples, in one process of each machine."""
-        for source in self._every_source():
-            index_shards(source.shards, source.index, remote=source.remote)
+        self.index()
         self.select([source.manifest() for source in self.sources.values()])
 
     def setup(self, stage: str | None = None) -> None:
-        """Opens the manifests and lays the plan. Raises UserError for what cannot be trained on."""
+        """Opens the manifests and makes the plan. Raises UserError for data that cannot be trained on."""
         manifests = [source.manifest() for source in self.sources.values()]
-        self.used_sizes, chosen = self.select(manifests)
-        pairs = zip(self.sources.values(), manifests, chosen, strict=True)
-        self.fetchers = [
-            self._fetcher(source, manifest, self.used_sizes, selection) for source, manifest, selection in pairs
-        ]
+        self.used_sizes, selections = self.select(manifests)
+        triples = zip(self.sources.values(), manifests, selections, strict=True)
+        self.fetchers = [self._fetcher(*triple, self.used_sizes) for triple in triples]
         self.train_fetcher = self.fetchers[0]
-        counts = [selection.counts for selection in chosen]
+        counts = [selection.counts for selection in selections]
         self.plan = Plan(counts, self.global_batch, self.seed, self.window, self._weights())
         rank = self.trainer.global_rank if self.trainer is not None else 0
         name = f"quarantine_rank{rank}.jsonl" if rank else "quarantine.jsonl"
@@ -127,49 +131,51 @@ class ShardDataModule(pl.LightningDataModule):
         self.quarantine = Quarantine(manifests, self.max_bad, of_shard=self.max_bad_of_shard, file=file)
         if rank == 0:
             write_record(self.folder, dict(zip(self.sources, self.fetchers, strict=True)), self.used_sizes, self.decode)
-        if self.val is not None:
-            held_out = self.val.manifest()
-            sizes, selection = self.select_val(held_out)
-            self.val_fetcher = self._fetcher(self.val, held_out, sizes, selection)
-            self.val_quarantine = Quarantine(held_out, self.max_bad)
+        self.setup_val()
 
-    def select(self, manifests: Sequence[Manifest]) -> tuple[list[tuple[int, int]], list[Selection]]:
+    def setup_val(self) -> None:
+        """Opens the validation manifest, where there is one."""
+        if self.val is not None:
+            manifest = self.val.manifest()
+            sizes, selection = self.select_val(manifest)
+            self.val_fetcher = self._fetcher(self.val, manifest, selection, sizes)
+            self.val_quarantine = Quarantine(manifest, self.max_bad)
+
+    def select(self, manifests: Sequence[Manifest]) -> tuple[list[Size], list[Selection]]:
         """(sizes that are trained at, the selection of each source), of the sources' manifests in their order."""
         pairs = zip(self.sources.items(), manifests, strict=True)
-        asked = [_asked(name, source, manifest) for (name, source), manifest in pairs]
-        return select(asked, self.buckets, View.of(self.size).size, self.global_batch, self._weights())
+        requests = [_request(name, source, manifest) for (name, source), manifest in pairs]
+        return select(requests, self.buckets, View.of(self.size).size, self.global_batch, self._weights())
 
     def _weights(self) -> list[float] | None:
         """The sources' weights; None where none is given."""
-        given = {name: source.weight for name, source in self.sources.items()}
-        if all(weight is None for weight in given.values()):
+        by_name = {name: source.weight for name, source in self.sources.items()}
+        if all(weight is None for weight in by_name.values()):
             return None
-        weights = [weight for weight in given.values() if weight is not None and 0 < weight < float("inf")]
-        if len(weights) < len(given):
-            raise UserError(f"the weights of mixed sources are {given}; give each one above 0, or none any")
+        weights = [weight for weight in by_name.values() if weight is not None and 0 < weight < float("inf")]
+        if len(weights) < len(by_name):
+            raise UserError(f"the weights of mixed sources are {by_name}; give all of them a weight above 0, or none")
         return weights
 
-    def select_val(self, manifest: Manifest) -> tuple[list[tuple[int, int]], Selection]:
+    def select_val(self, manifest: Manifest) -> tuple[list[Size], Selection]:
         """(the one size of validation, the selection) of the validation source's manifest."""
         if self.val is None:
             raise UserError("this data has no validation shards; give val")
-        sizes, (selection,) = select([_asked("val", self.val, manifest)], size=View.of(self.size).size)
+        sizes, (selection,) = select([_request("val", self.val, manifest)], size=View.of(self.size).size)
         return sizes, selection
 
-    def _fetcher(
-        self, source: Source, manifest: Manifest, sizes: Sequence[tuple[int, int]], chosen: Selection | None = None
-    ) -> Fetcher:
-        return source.fetcher(manifest, sizes, self.seed, self.cache_bytes, self.decode, chosen)
+    def _fetcher(self, source: Source, manifest: Manifest, selection: Selection, sizes: Sequence[Size]) -> Fetcher:
+        return source.fetcher(manifest, sizes, self.seed, self.cache_bytes, self.decode, selection)
 
     def check_first_stage(self, fingerprint: str | None) -> None:
-        """Raises UserError where latents made beforehand are not this first stage's; None takes pictures alone."""
-        for source in self._every_source():
-            made_by = source.first_stage
-            if made_by is not None and made_by != fingerprint:
+        """Raises UserError where precomputed latents are not this first stage's; None accepts only pictures."""
+        for source in self._all_sources():
+            encoder = source.first_stage
+            if encoder is not None and encoder != fingerprint:
                 wanted = f"is {fingerprint}" if fingerprint else "is trained here, on pictures"
                 raise UserError(
-                    f"the latents in {source.shards} were made by the first stage {made_by}, this one {wanted}: train "
-                    "from the pictures' shards, or make latents of them with python -m ldm.data.cache"
+                    f"the latents in {source.shards} were made by the first stage {encoder}, this one {wanted}: train "
+                    "from the pictures' shards, or compute latents of them with python -m ldm.data.cache"
                 )
 
     def train_batches(self, rank: int = 0, world: int = 1, accumulation: int = 1) -> TrainBatches:
@@ -183,7 +189,7 @@ class ShardDataModule(pl.LightningDataModule):
         if self.val is None:
             raise UserError("this data has no validation shards; give val")
         batch = self.val_batch or micro_batch(self.global_batch, world, accumulation)
-        samples = min(self.val_samples, len(self.val_fetcher.chosen))
+        samples = min(self.val_samples, len(self.val_fetcher.selection))
         if samples < world:
             raise UserError(f"{samples} validation samples for {world} ranks; give at least one for each")
         return ValBatches(self.val_fetcher, samples, batch, rank, world)
@@ -217,7 +223,7 @@ class ShardDataModule(pl.LightningDataModule):
         return trainer.global_rank, trainer.world_size, accumulation
 
     def advance(self, steps: int) -> None:
-        """Notes that `steps` optimizer steps are done; called after each, before a checkpoint."""
+        """Records that `steps` optimizer steps are done; called after each, before a checkpoint."""
         self.steps_done = steps
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
@@ -228,12 +234,12 @@ class ShardDataModule(pl.LightningDataModule):
 
     def _order(self) -> dict[str, Any]:
         """What the order of samples depends on."""
-        prints = [fetcher.manifest.fingerprint for fetcher in self.fetchers]
+        fingerprints = [fetcher.manifest.fingerprint for fetcher in self.fetchers]
         return {
             "seed": self.seed,
             "global_batch": self.global_batch,
             "window": None if self.window is None else f"{self.window} in equal parts",
-            "fingerprint": " ".join(prints),
+            "fingerprint": " ".join(fingerprints),
             "where": " | ".join(source.where or "all" for source in self.sources.values()),
             "sizes": ", ".join(f"{h}x{w}" for h, w in self.used_sizes) if self.buckets else "",
             "samples": str(self.plan.samples.tolist()),
@@ -247,23 +253,23 @@ class ShardDataModule(pl.LightningDataModule):
         return {"step": self.steps_done, **self._order()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Goes on after `state_dict`; it is compared when training begins."""
+        """Resumes after `state_dict`; it is compared when training begins."""
         self._restored = dict(state_dict)
         self.steps_done = int(state_dict["step"])
 
     def _check_restored(self) -> None:
         """Raises UserError where the order of samples is not the checkpoint's."""
         order = self._order()
-        other = [name for name in order if name in self._restored and self._restored[name] != order[name]]
-        if other:
-            told = ", ".join(f"{name} {self._restored[name]} (now {order[name]})" for name in other)
+        changed = [name for name in order if name in self._restored and self._restored[name] != order[name]]
+        if changed:
+            changes = ", ".join(f"{name} {self._restored[name]} (now {order[name]})" for name in changed)
             raise UserError(
-                f"the checkpoint was trained in another order of samples: {told}; "
+                f"the checkpoint was trained in another order of samples: {changes}; "
                 "resume with the same data and settings, or start a new run from its weights"
             )
 
 
-def _asked(name: str, source: Source, manifest: Manifest) -> SelectionRequest:
+def _request(name: str, source: Source, manifest: Manifest) -> SelectionRequest:
     return SelectionRequest(name, manifest, Filter(source.where) if source.where else None)
 
 

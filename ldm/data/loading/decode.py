@@ -1,8 +1,8 @@
-"""Decoders: encoded pictures to pixels that just cover a size, by one of a few methods with names.
+"""Decoders: encoded pictures to pixels that just cover a size, by one of a few named methods.
 
 `exact` and `fast` read JPEGs with libjpeg-turbo (simplejpeg) and resize with torch's antialiased bicubic filter on
-bytes; `lanczos` is Pillow. What is no plain JPEG, and what is not a three-channel or grey one, goes through
-Pillow's Lanczos in all of them. A process may decode in several threads: none of these holds the interpreter.
+bytes; `lanczos` is Pillow. All of them read other files than JPEGs, and JPEGs that are neither RGB nor grey, by
+Pillow and resize them by Lanczos. A process may decode in several threads: none of these holds the interpreter.
 """
 
 import io
@@ -13,10 +13,9 @@ import simplejpeg
 import torch
 from PIL import Image
 
-from ldm.data.shards.picture import BadSample, Pixels, checked, decode
+from ldm.data.shards.picture import BadSample, Pixels, Size, check_limits, cover_size, decode
 from ldm.errors import UserError, nearest
 
-Size = tuple[int, int]  # height, width
 Decode = Callable[[bytes, Size], tuple[Pixels, Size]]
 """(pixels [H, W, 3] that just cover a size, the stored picture's own size upright) of encoded bytes, or BadSample."""
 
@@ -46,14 +45,14 @@ DECODERS: dict[str, Decode] = {"exact": exact, "fast": fast, "lanczos": decode}
 
 
 def decoder(name: str) -> Decode:
-    """The decoder of a name. Raises UserError, with the nearest, for one that there is not."""
+    """The decoder of a name. Raises UserError, with the nearest names, for an unknown one."""
     if name not in DECODERS:
-        raise UserError(f"decode={name}: there is no such way to decode; {nearest(name, DECODERS)}")
+        raise UserError(f"decode={name}: there is no such decoder; {nearest(name, DECODERS)}")
     return DECODERS[name]
 
 
 def _turbo(data: bytes, size: Size, reduce: bool) -> tuple[Pixels, Size]:
-    checked(data)
+    check_limits(data)
     if data[:2] != b"\xff\xd8":
         return decode(data, size)
     try:
@@ -66,7 +65,7 @@ def _turbo(data: bytes, size: Size, reduce: bool) -> tuple[Pixels, Size]:
         raise BadSample("corrupt picture") from error
     if not plain:
         return decode(data, size)
-    checked(data, stored)
+    check_limits(data, stored)
     sideways = turn in (5, 6, 7, 8)
     height, width = cover_size(stored, size[::-1] if sideways else size)
     least = {"min_height": height, "min_width": width} if reduce and height <= stored[0] else {}
@@ -78,17 +77,11 @@ def _turbo(data: bytes, size: Size, reduce: bool) -> tuple[Pixels, Size]:
     return upright, (stored[::-1] if sideways else stored)
 
 
-def cover_size(stored: Size, size: Size) -> Size:
-    """The (height, width) at which a picture of the stored size just covers `size`."""
-    scale = max(size[0] / stored[0], size[1] / stored[1])
-    return max(size[0], round(stored[0] * scale)), max(size[1], round(stored[1] * scale))
-
-
 def resize(pixels: Pixels, size: Size) -> Pixels:
     """Pixels [*size, 3] by torch's antialiased bicubic filter (a = -0.5) on bytes; the same array where they fit."""
     if pixels.shape[:2] == size:
         return pixels
     image = torch.from_numpy(pixels).permute(2, 0, 1)[None]  # [1, 3, h, w], channels last
     resized = torch.nn.functional.interpolate(image, size=size, mode="bicubic", antialias=True, align_corners=False)
-    found: Pixels = np.ascontiguousarray(resized[0].permute(1, 2, 0).numpy())
-    return found
+    covering: Pixels = np.ascontiguousarray(resized[0].permute(1, 2, 0).numpy())
+    return covering

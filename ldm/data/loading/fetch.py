@@ -3,7 +3,6 @@
 What is random (crop, flip, caption, the substitute of a bad sample) is drawn from (seed, epoch, index).
 """
 
-import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,8 +16,7 @@ from ldm.data.loading.caption_choice import CaptionChoice
 from ldm.data.loading.decode import Decode
 from ldm.data.order.selection import Selection
 from ldm.data.shards.index import Manifest
-from ldm.data.shards.picture import BadSample, MAX_bytes, Pixels, decode
-from ldm.data.shards.shards import OpenShards
+from ldm.data.shards.picture import BadSample, MAX_bytes, Pixels, Size, decode
 from ldm.errors import UserError
 from ldm.randomness import key
 
@@ -33,7 +31,7 @@ class View:
     rest is cropped at the centre, or anywhere with `random_crop`. `flip` mirrors half of the samples.
     """
 
-    size: tuple[int, int]
+    size: Size
     random_crop: bool = False
     flip: bool = False
 
@@ -45,23 +43,42 @@ class View:
             raise UserError(f"size must be a number of pixels or [height, width], got {size}")
         return View((sides[0], sides[1]), random_crop, flip)
 
+    def crop(self, pixels: Pixels, size: Size, seed: int, *address: int) -> tuple[Pixels, tuple[int, int]]:
+        """(pixels [*size, 3], (top, left)) of a picture that covers `size`; crop and flip are drawn from the address.
+
+        `left` counts in the mirrored picture where the sample is mirrored.
+        """
+        spare = (pixels.shape[0] - size[0], pixels.shape[1] - size[1])
+        top, left = spare[0] // 2, spare[1] // 2
+        if self.random_crop and any(spare):
+            draw = key(seed, "crop", *address)
+            top, left = (draw & 0xFFFFFFFF) % (spare[0] + 1), (draw >> 32 & 0xFFFFFFFF) % (spare[1] + 1)
+        pixels = pixels[top : top + size[0], left : left + size[1]]
+        if self.flip and key(seed, "flip", *address) & 1:
+            return pixels[:, ::-1], (top, spare[1] - left)
+        return pixels, (top, left)
+
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """A picture of the wanted size with its caption."""
+    """A picture of the requested size, or its precomputed latents, with its caption."""
 
-    pixels: Pixels  # [H, W, 3]; [H, W, 0] of latents made beforehand
+    pixels: Pixels  # [H, W, 3]; [H, W, 0] with precomputed latents
     caption: str
     index: int
-    original_size: tuple[int, int]  # (height, width) as stored
+    original_size: Size  # (height, width) as stored
     crop: tuple[int, int]  # (top, left) in the resized picture, mirrored where the sample is
-    moments: NDArray[np.float16] | None = None  # [2, C, h, w], of latents made beforehand
-    texts: Mapping[str, NDArray[Any]] = field(default_factory=dict)  # of captions encoded beforehand, by name
+    moments: NDArray[np.float16] | None = None  # [2, C, h, w], precomputed latents
+    texts: Mapping[str, NDArray[Any]] = field(default_factory=dict)  # of precomputed captions, by name
 
     @property
     def image(self) -> Tensor:
-        """[3, H, W] float32 in [-1, 1]."""
+        """[3, H, W] float32 in [-1, 1]; [0, H, W] with precomputed latents."""
         return as_images(self.pixels[None])[0]
+
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """`images` [3, H, W] and, where there are precomputed latents, `moments`: what a Batch stacks."""
+        return {"images": self.image.numpy()} | ({} if self.moments is None else {"moments": self.moments})
 
 
 def as_images(pixels: Pixels) -> Tensor:
@@ -72,23 +89,23 @@ def as_images(pixels: Pixels) -> Tensor:
 
 @dataclass
 class _Cache:
-    """Decoded, resized, uncropped pictures by index and size, up to a number of bytes; what is in stays in."""
+    """Decoded, resized, uncropped pictures by index and size, up to a number of bytes; none is removed."""
 
     limit_bytes: int
-    held: dict[tuple[int, tuple[int, int]], tuple[Pixels, tuple[int, int]]] = field(default_factory=dict)
-    held_bytes: int = 0
+    pictures: dict[tuple[int, Size], tuple[Pixels, Size]] = field(default_factory=dict)
+    used_bytes: int = 0
 
-    def add(self, name: tuple[int, tuple[int, int]], loaded: tuple[Pixels, tuple[int, int]]) -> None:
-        if self.held_bytes + loaded[0].nbytes <= self.limit_bytes:
-            self.held[name] = loaded
-            self.held_bytes += loaded[0].nbytes
+    def add(self, name: tuple[int, Size], picture: tuple[Pixels, Size]) -> None:
+        if self.used_bytes + picture[0].nbytes <= self.limit_bytes:
+            self.pictures[name] = picture
+            self.used_bytes += picture[0].nbytes
 
 
 class Fetcher:
-    """Samples of a manifest, by index and epoch. Several threads may ask at once.
+    """Samples of a manifest, by index and epoch. Several threads may use it at once.
 
-    Keeps open files and, up to `cache_bytes`, decoded pictures; neither changes what comes out. `decode` is one of the
-    DECODERS, `captions` tells which caption a visit has, `chosen` are the samples that are used.
+    It holds open files and, up to `cache_bytes`, decoded pictures; neither changes the result. `decode` is one of the
+    DECODERS, `captions` says which caption a visit has, `selection` which samples are used.
     """
 
     def __init__(
@@ -99,78 +116,60 @@ class Fetcher:
         cache_bytes: int = 0,
         decode: Decode = decode,
         captions: CaptionChoice | None = None,
-        chosen: Selection | None = None,
+        selection: Selection | None = None,
     ) -> None:
         self.manifest = manifest
         self.view = view
         self.seed = seed
         self.decode = decode
         self.captions = captions or CaptionChoice()
-        self.chosen = chosen or Selection([len(manifest)])
+        self.selection = selection or Selection([len(manifest)])
         self._cache = _Cache(cache_bytes)
-        self._own = _Own()
+        self._shards = manifest.open_shards()
 
-    def __call__(self, index: int, epoch: int = 0, size: tuple[int, int] | None = None) -> Sample:
+    def __call__(self, index: int, epoch: int = 0, size: Size | None = None) -> Sample:
         """The sample, at another (height, width) than the view's where one is given.
 
         Raises BadSample; UserError where its shard changed since it was indexed.
         """
         size = size or self.view.size
         caption = self.caption(index, epoch)
-        loaded = self._cache.held.get((index, size))
-        if loaded is None:
-            loaded = self._load(index, size)
-            self._cache.add((index, size), loaded)
-        pixels, original = loaded
-        (height, width), view = pixels.shape[:2], self.view
-        spare = (height - size[0], width - size[1])
-        top, left = spare[0] // 2, spare[1] // 2
-        if view.random_crop and any(spare):
-            draw = key(self.seed, "crop", epoch, index)
-            top, left = (draw & 0xFFFFFFFF) % (spare[0] + 1), (draw >> 32 & 0xFFFFFFFF) % (spare[1] + 1)
-        pixels = pixels[top : top + size[0], left : left + size[1]]
-        if view.flip and key(self.seed, "flip", epoch, index) & 1:
-            pixels, left = pixels[:, ::-1], spare[1] - left  # the same crop of the mirrored picture
-        return Sample(pixels, caption, index, original, (top, left))
-
-    def picture(self, sample: Sample) -> dict[str, NDArray[Any]]:
-        """What a sample adds to the pictures of a Batch, by field."""
-        return {"images": sample.image.numpy()}
+        picture = self._cache.pictures.get((index, size))
+        if picture is None:
+            picture = self._load(index, size)
+            self._cache.add((index, size), picture)
+        pixels, crop = self.view.crop(picture[0], size, self.seed, epoch, index)
+        return Sample(pixels, caption, index, picture[1], crop)
 
     def fetch_or_substitute(
-        self,
-        index: int,
-        epoch: int = 0,
-        size: tuple[int, int] | None = None,
-        places: range | None = None,
+        self, index: int, epoch: int = 0, size: Size | None = None, places: range | None = None
     ) -> tuple[Sample, list[tuple[int, str]]]:
-        """The sample or, where it is bad, its substitute; and (index, reason) of each that was bad.
+        """The sample or, where it is bad, its substitute; and (index, reason) of each bad one.
 
-        The substitutes are drawn from (seed, epoch, index), among those at `places` of the chosen samples (None: all).
-        Only what is bad for good has one; other errors pass through. Raises UserError after a few in a row.
+        The substitutes are drawn from (seed, epoch, index), among those at `places` of the selection (None: all).
+        Only a permanently bad sample has one; other errors pass through. Raises UserError after a few in a row.
         """
         bad: list[tuple[int, str]] = []
-        wanted = index
-        places = places or range(len(self.chosen))
+        address = (self.seed, "substitute", epoch, index)
+        places = places or range(len(self.selection))
         while len(bad) < TRIES:
             try:
                 return self(index, epoch, size), bad
             except BadSample as reason:
                 bad.append((index, str(reason)))
-                index = self.chosen[places[key(self.seed, "substitute", epoch, wanted, len(bad)) % len(places)]]
-        told = "\n".join(f"  {self.manifest.key(i)} in {self.manifest.shard_of(i)}: {why}" for i, why in bad)
-        raise UserError(f"{TRIES} samples in a row cannot be used:\n{told}\nlook at these shards")
+                index = self.selection[places[key(*address, len(bad)) % len(places)]]
+        lines = "\n".join(f"  {self.manifest.key(i)} in {self.manifest.shard_of(i)}: {why}" for i, why in bad)
+        raise UserError(f"{TRIES} samples in a row cannot be used:\n{lines}\nlook at these shards")
 
-    def _load(self, index: int, size: tuple[int, int]) -> tuple[Pixels, tuple[int, int]]:
+    def _load(self, index: int, size: Size) -> tuple[Pixels, Size]:
         """(resized picture, original size)."""
-        columns = self.manifest
-        if columns.image_size[index] > MAX_bytes:
+        stored_bytes = int(self.manifest.image_size[index])
+        if stored_bytes > MAX_bytes:
             raise BadSample("too many bytes")
-        data = self._read(index, int(columns.image_offset[index]), int(columns.image_size[index]))
-        return self.decode(data, size)
+        return self.decode(self._read(index, int(self.manifest.image_offset[index]), stored_bytes), size)
 
     def check_captions(self) -> None:
-        """Raises UserError where the captions ask for a field that the samples do not have."""
+        """Raises UserError where the captions need a field that the samples do not have."""
         self.captions.check(self.manifest, self._read)
 
     def caption(self, index: int, epoch: int = 0) -> str:
@@ -182,7 +181,7 @@ class Fetcher:
         return self.captions.alternatives(self.manifest, self._read, index)
 
     def parts(self, index: int) -> dict[str, bytes]:
-        """A sample's stored text and JSON, those of "txt" and "json" that it has."""
+        """A sample's stored text and JSON, by "txt" and "json"; one that it lacks is left out."""
         columns = self.manifest
         places = {
             "txt": (int(columns.text_offset[index]), int(columns.text_size[index])),
@@ -192,14 +191,7 @@ class Fetcher:
 
     def _read(self, index: int, offset: int, size: int) -> bytes:
         """A range of the shard that holds a sample. Raises UserError where the shard is not the one indexed."""
-        number = int(self.manifest.shard[index])
-        shards = self._own.shards(self.manifest)
-        shard = shards[number]
-        if number not in self._own.current:
-            facts = self.manifest.shards[number]
-            if (shard.size, shard.mtime_ns) != (facts["bytes"], facts["mtime_ns"]):
-                raise UserError(f"{shard.path} changed after it was indexed; start again")
-            self._own.current.add(number)
+        shard = self._shards[int(self.manifest.shard[index])]
         data = shard.read(offset, size)
         if len(data) < size:
             raise UserError(
@@ -208,20 +200,4 @@ class Fetcher:
         return data
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_cache": _Cache(self._cache.limit_bytes), "_own": _Own()}
-
-
-class _Own(threading.local):
-    """A thread's own open shards, and those of them that it has compared with the index."""
-
-    def __init__(self) -> None:
-        self._shards: OpenShards | None = None
-        self.current: set[int] = set()
-
-    def shards(self, manifest: Manifest) -> OpenShards:
-        if self._shards is None:
-            self._shards = manifest.open_shards()
-        return self._shards
-
-    def __reduce__(self) -> tuple[type["_Own"], tuple[()]]:
-        return _Own, ()
+        return self.__dict__ | {"_cache": _Cache(self._cache.limit_bytes)}

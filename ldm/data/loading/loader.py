@@ -18,40 +18,41 @@ from ldm.data.loading.fetch import Fetcher, Sample
 from ldm.data.order.plan import Plan, micro_batch
 from ldm.randomness import key, keys
 
-AHEAD = 2  # batches that threads decode before they are asked for
+AHEAD = 2  # batches that threads decode in advance
 
 Visit = tuple[int, int, int, tuple[int, int] | None, range]
 """Source, place, epoch, (height, width) where there are several, and the places of the same source and bucket."""
 
 
 class Fetched(NamedTuple):
-    """A sample, what it adds to the pictures of its batch, and (number, reason) of each that it stands for.
+    """A sample, its arrays for the batch, and (number, reason) of each bad sample that it replaces.
 
     Numbers count through the manifests of all sources, one after the other.
     """
 
     sample: Sample
     number: int
-    pictures: dict[str, NDArray[Any]]
+    arrays: dict[str, NDArray[Any]]
     bad: Sequence[tuple[int, str]]
 
 
 def make_batch(
-    found: Sequence[Fetched], rng_keys: Tensor, step: int, positions: Sequence[int], global_batch: int
+    fetched: Sequence[Fetched], rng_keys: Tensor, step: int, positions: Sequence[int], global_batch: int
 ) -> Batch:
-    """The batch of B samples that were fetched."""
-    samples = [entry.sample for entry in found]
+    """The batch of B fetched samples."""
+    samples = [each.sample for each in fetched]
+    texts = {name: torch.from_numpy(np.stack([sample.texts[name] for sample in samples])) for name in samples[0].texts}
     return Batch(
-        **{name: torch.from_numpy(np.stack([entry.pictures[name] for entry in found])) for name in found[0].pictures},
-        fields={"caption": [sample.caption for sample in samples], **_texts(samples)},
-        samples=torch.tensor([entry.number for entry in found], dtype=torch.int64),
+        **{name: torch.from_numpy(np.stack([each.arrays[name] for each in fetched])) for name in fetched[0].arrays},
+        fields={"caption": [sample.caption for sample in samples], **texts},
+        samples=torch.tensor([each.number for each in fetched], dtype=torch.int64),
         rng_keys=rng_keys,
         step=step,
         original_size=torch.tensor([sample.original_size for sample in samples], dtype=torch.int64),
         crop=torch.tensor([sample.crop for sample in samples], dtype=torch.int64),
         positions=torch.tensor(positions, dtype=torch.int64),
         global_batch=global_batch,
-        bad=[told for entry in found for told in entry.bad],
+        bad=[entry for each in fetched for entry in each.bad],
     )
 
 
@@ -62,8 +63,8 @@ class Threads:
         self.count = count
         self._pool: tuple[int, ThreadPoolExecutor] | None = None
 
-    def begin(self, function: Callable[..., Fetched], *arguments: Any) -> "Future[Fetched]":
-        """Lets a thread do it."""
+    def submit(self, function: Callable[..., Fetched], *arguments: Any) -> "Future[Fetched]":
+        """Runs the function in a thread."""
         if self._pool is None or self._pool[0] != os.getpid():
             self._pool = os.getpid(), ThreadPoolExecutor(self.count, "decode")
         return self._pool[1].submit(function, *arguments)
@@ -72,18 +73,12 @@ class Threads:
         return Threads, (self.count,)
 
 
-def _texts(samples: Sequence[Sample]) -> dict[str, Tensor]:
-    """What was made of the captions beforehand, by name [B, ...]."""
-    names = samples[0].texts
-    return {name: torch.from_numpy(np.stack([sample.texts[name] for sample in samples])) for name in names}
-
-
 class TrainBatches(Dataset[Batch]):
     """Item i is the batch of a rank's micro-step i: part i % accumulation of step i // accumulation.
 
-    fetcher   of the samples, or one of each of the plan's sources; what they have chosen is what the plan counts
-    sizes     (height, width) of each of the plan's buckets; None: what the fetchers' views say
-    threads   of each process that fetch samples, and begin with the next batches; 0: the process itself does
+    fetcher   of the samples, or one of each of the plan's sources; the plan counts their selections
+    sizes     (height, width) of each of the plan's buckets; None: the size of the fetchers' views
+    threads   of each process that fetch samples, and start on the next batches; 0: the process itself does
 
     A batch's samples are numbered through the sources' manifests, one after the other.
     """
@@ -109,32 +104,32 @@ class TrainBatches(Dataset[Batch]):
         counts = plan.samples.sum(1)
         self._first = np.cumsum(counts) - counts  # place of each source's first sample
         self._before = np.cumsum([0, *(len(each.manifest) for each in self.fetchers)]).tolist()
-        self._begun: dict[int, list[Future[Fetched]]] = {}
+        self._pending: dict[int, list[Future[Fetched]]] = {}
 
     def __len__(self) -> int:
         return self.total_steps * len(self.positions)
 
     def __getitem__(self, micro_step: int) -> Batch:
         if self.threads.count:
-            found = [future.result() for future in self._ahead(micro_step)]
+            fetched = [future.result() for future in self._ahead(micro_step)]
         else:
-            found = [self._fetch(*visit) for visit in self._visits(micro_step)]
+            fetched = [self._fetch(*visit) for visit in self._visits(micro_step)]
         step, part = divmod(micro_step, len(self.positions))
         positions = self.positions[part]
-        addresses = keys(self.plan.seed, "train", step, count=len(positions), start=int(positions[0]))
-        return make_batch(found, addresses, step, positions.tolist(), self.plan.global_batch)
+        rng_keys = keys(self.plan.seed, "train", step, count=len(positions), start=int(positions[0]))
+        return make_batch(fetched, rng_keys, step, positions.tolist(), self.plan.global_batch)
 
     def _ahead(self, micro_step: int) -> "list[Future[Fetched]]":
-        """The samples of a micro-step from the threads, which begin with those of the next ones."""
+        """The samples of a micro-step from the threads, which start on those of the next ones."""
         worker = get_worker_info()
         wanted = range(micro_step, len(self), worker.num_workers if worker else 1)[: AHEAD + 1]
-        for stale in self._begun.keys() - set(wanted):
-            for future in self._begun.pop(stale):
+        for stale in self._pending.keys() - set(wanted):
+            for future in self._pending.pop(stale):
                 future.cancel()
         for item in wanted:
-            if item not in self._begun:
-                self._begun[item] = [self.threads.begin(self._fetch, *visit) for visit in self._visits(item)]
-        return self._begun.pop(micro_step)
+            if item not in self._pending:
+                self._pending[item] = [self.threads.submit(self._fetch, *visit) for visit in self._visits(item)]
+        return self._pending.pop(micro_step)
 
     def _visits(self, micro_step: int) -> "list[Visit]":
         step, part = divmod(micro_step, len(self.positions))
@@ -148,24 +143,24 @@ class TrainBatches(Dataset[Batch]):
 
     def _fetch(self, source: int, place: int, epoch: int, size: tuple[int, int] | None, lane: range) -> Fetched:
         first, fetcher, before = int(self._first[source]), self.fetchers[source], self._before[source]
-        same = range(lane.start - first, lane.stop - first)
-        sample, bad = fetcher.fetch_or_substitute(fetcher.chosen[place - first], epoch, size, same)
-        told = [(number + before, reason) for number, reason in bad]
-        return Fetched(sample, sample.index + before, fetcher.picture(sample), told)
+        places = range(lane.start - first, lane.stop - first)
+        sample, bad = fetcher.fetch_or_substitute(fetcher.selection[place - first], epoch, size, places)
+        numbered = [(index + before, reason) for index, reason in bad]
+        return Fetched(sample, sample.index + before, sample.arrays(), numbered)
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_begun": {}}
+        return self.__dict__ | {"_pending": {}}
 
 
 class ValBatches(Dataset[Batch]):
-    """The first `samples` that a fetcher has chosen, in their order, in batches; a rank takes every world-th.
+    """The first `samples` of a fetcher's selection, in their order, in batches; a rank takes every world-th.
 
     The same in every run: keys are ("val", place). `samples` is rounded down to a multiple of the ranks, so
     that all have as many batches.
     """
 
     def __init__(self, fetcher: Fetcher, samples: int, batch: int, rank: int = 0, world: int = 1) -> None:
-        samples = min(samples, len(fetcher.chosen))
+        samples = min(samples, len(fetcher.selection))
         self.fetcher = fetcher
         self.batch = batch
         self.samples = samples - samples % world
@@ -176,18 +171,18 @@ class ValBatches(Dataset[Batch]):
 
     def __getitem__(self, number: int) -> Batch:
         places = list(self.indices[number * self.batch : (number + 1) * self.batch])
-        addresses = torch.tensor([key("val", place) for place in places], dtype=torch.int64)
-        found = [self.fetcher.fetch_or_substitute(self.fetcher.chosen[place]) for place in places]
-        fetched = [Fetched(sample, sample.index, self.fetcher.picture(sample), bad) for sample, bad in found]
-        return make_batch(fetched, addresses, number, places, self.samples)
+        rng_keys = torch.tensor([key("val", place) for place in places], dtype=torch.int64)
+        pairs = [self.fetcher.fetch_or_substitute(self.fetcher.selection[place]) for place in places]
+        fetched = [Fetched(sample, sample.index, sample.arrays(), bad) for sample, bad in pairs]
+        return make_batch(fetched, rng_keys, number, places, self.samples)
 
 
 class StepSampler(DistributedSampler[int]):
     """The items from `start` to the end; its length counts those before `start` too.
 
     Lightning counts a resumed epoch's batches from the beginning, so the length is the whole run's. It is a
-    DistributedSampler by type alone: Lightning wraps any other sampler in one of its own, which would share
-    out what the plan has shared out already.
+    DistributedSampler by type alone: Lightning wraps any other sampler in one of its own, which would
+    divide among the ranks what the plan has divided already.
     """
 
     def __init__(self, total: int, start: int = 0) -> None:
@@ -204,14 +199,14 @@ class StepSampler(DistributedSampler[int]):
         """Nothing: the order is the plan's."""
 
 
-def _as_it_is(batch: Batch) -> Batch:
+def _identity(batch: Batch) -> Batch:
     return batch
 
 
 class StepLoader(DataLoader[Batch]):
-    """A loader of ready batches. It resumes by its start alone, which its empty state tells Lightning.
+    """A loader of ready batches. It resumes by its start alone; its empty state says so to Lightning.
 
-    `waited_s` adds up the seconds that whoever reads it has waited for batches.
+    `waited_s` adds up the seconds that its reader has waited for batches.
     """
 
     def __init__(self, batches: TrainBatches | ValBatches, start: int = 0, workers: int = 0) -> None:
@@ -220,18 +215,18 @@ class StepLoader(DataLoader[Batch]):
             batch_size=None,
             sampler=StepSampler(len(batches), start),
             num_workers=workers,
-            collate_fn=_as_it_is,  # type: ignore[arg-type]
+            collate_fn=_identity,  # type: ignore[arg-type]
             persistent_workers=workers > 0,
             pin_memory=torch.cuda.is_available(),
         )
         self.waited_s = 0.0
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
-        asked = time.perf_counter()
+        start = time.perf_counter()
         for batch in super().__iter__():
-            self.waited_s += time.perf_counter() - asked
+            self.waited_s += time.perf_counter() - start
             yield batch
-            asked = time.perf_counter()
+            start = time.perf_counter()
 
     def state_dict(self) -> dict[str, Any]:
         """Nothing to keep."""

@@ -1,9 +1,9 @@
 """The order of samples as a pure function of (samples, weights, global batch, seed, window, position).
 
 Each bucket of each source is an endless stream of its own epochs: place p belongs to epoch p // samples, every
-epoch holds every sample exactly once and nothing is dropped. `BucketSchedule` says which bucket a global step serves, `MixtureSchedule`
-how its positions are shared among sources; the streams' places follow in closed form, so that any step costs the same
-and the state of a run is one integer.
+epoch holds every sample exactly once and nothing is dropped. `BucketSchedule` says which bucket a global step serves,
+`MixtureSchedule` how its positions are shared among sources; the streams' places follow in closed form, so that any
+step costs the same and the state of a run is one integer.
 """
 
 from collections.abc import Sequence

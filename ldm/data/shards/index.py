@@ -80,8 +80,9 @@ class Manifest:
         return column.view(np.ndarray)  # the same mapped memory; one number of a np.memmap takes several times as long
 
     def open_shards(self) -> OpenShards:
-        """The shards, to be read by the place in `paths`."""
-        return OpenShards(self.paths, remote=self.remote)
+        """The shards, to be read by their place in `paths`; one that changed since it was indexed raises UserError."""
+        states = [(shard["bytes"], shard["mtime_ns"]) for shard in self.shards]
+        return OpenShards(self.paths, remote=self.remote, states=states)
 
     @property
     def columns(self) -> tuple[str, ...]:

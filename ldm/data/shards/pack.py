@@ -33,7 +33,7 @@ from ldm.data.shards.pack_source import read_source
 from ldm.data.shards.packable import Packable
 from ldm.data.shards.picture import cover
 from ldm.data.shards.reshard import ShardSample
-from ldm.data.shards.shards import write_shard
+from ldm.data.shards.write import write_shard
 from ldm.errors import UserError
 
 ORIENTATION = 0x0112  # EXIF's tag

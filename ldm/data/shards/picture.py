@@ -7,6 +7,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 Pixels = NDArray[np.uint8]
+Size = tuple[int, int]  # height, width
 
 MAX_bytes = 64 << 20
 MAX_pixels = 1 << 26
@@ -33,13 +34,13 @@ def _rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def decode(data: bytes, size: tuple[int, int]) -> tuple[Pixels, tuple[int, int]]:
+def decode(data: bytes, size: Size) -> tuple[Pixels, Size]:
     """(pixels, original size) of an encoded picture, resized so that it just covers (height, width).
 
     A picture that already fits is not resampled; others by Lanczos, a much larger JPEG after decoding at a
     reduced scale. The orientation in EXIF is applied. Raises BadSample.
     """
-    checked(data)
+    check_limits(data)
     try:
         image, original = _open(data, size)
         image.load()  # a cut file fails here
@@ -53,7 +54,7 @@ def decode(data: bytes, size: tuple[int, int]) -> tuple[Pixels, tuple[int, int]]
     return np.asarray(cover(image, size)), original
 
 
-def checked(data: bytes, size: tuple[int, int] = (0, 0)) -> None:
+def check_limits(data: bytes, size: Size = (0, 0)) -> None:
     """Raises BadSample for bytes, or a stored size, out of bounds."""
     if not data:
         raise BadSample("empty picture")
@@ -63,11 +64,11 @@ def checked(data: bytes, size: tuple[int, int] = (0, 0)) -> None:
         raise BadSample("too many pixels")
 
 
-def _open(data: bytes, size: tuple[int, int]) -> tuple[Image.Image, tuple[int, int]]:
+def _open(data: bytes, size: Size) -> tuple[Image.Image, Size]:
     """The picture upright, undecoded where nothing needs its pixels yet, and its (height, width) upright."""
     image: Image.Image = Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP"))
     original = (image.height, image.width)
-    checked(data, original)
+    check_limits(data, original)
     if image.format in ("JPEG", "MPO"):
         side = DRAFT * max(size)
         image.draft(None, (side, side))
@@ -77,9 +78,13 @@ def _open(data: bytes, size: tuple[int, int]) -> tuple[Image.Image, tuple[int, i
     return image, original
 
 
-def cover(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+def cover_size(stored: Size, size: Size) -> Size:
+    """The (height, width) at which a picture of the stored size just covers `size`."""
+    scale = max(size[0] / stored[0], size[1] / stored[1])
+    return max(size[0], round(stored[0] * scale)), max(size[1], round(stored[1] * scale))
+
+
+def cover(image: Image.Image, size: Size) -> Image.Image:
     """The picture resized so that it just covers (height, width); the same object where it does already."""
-    height, width = size
-    scale = max(height / image.height, width / image.width)
-    fitted = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))
-    return image if fitted == image.size else image.resize(fitted, Image.Resampling.LANCZOS)
+    height, width = cover_size((image.height, image.width), size)
+    return image if (width, height) == image.size else image.resize((width, height), Image.Resampling.LANCZOS)

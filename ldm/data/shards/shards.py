@@ -1,28 +1,28 @@
-"""Shards as files: which ones a pattern means, reading byte ranges of them, writing one atomically.
+"""Shards as files: which ones a pattern names, and reading byte ranges of them.
 
 A path is local or a URL; `open_shard` alone knows which, everything else takes a Shard.
 """
 
 import errno
-import io
 import os
-import tarfile
+import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from braceexpand import braceexpand
 
-from ldm.data.shards.remote import Remote, RemoteShard, Transient, file_system, is_remote, remote_state, retry
+from ldm.data.shards.remote import Remote, Transient, file_system, is_remote, open_remote, retry
 from ldm.data.shards.shard_cache import GiB, ShardCache
 from ldm.errors import UserError
 
 Shards = str | Path | Sequence[str | Path]
 REQUESTS = 16  # to servers at once
-PASSING = frozenset({errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN})
+TEMPORARY = frozenset({errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN})
 
 
 def expand(shards: Shards) -> list[str]:
@@ -53,27 +53,27 @@ def _expand_entry(entry: str) -> list[str]:
     if is_remote(entry) and (entry.startswith("http") or ".tar" in entry):
         return list(braceexpand(entry))
     if is_remote(entry):
-        return _listed(entry)
+        return _list_folder(entry)
     if not os.path.isdir(entry):
         return list(braceexpand(entry))
-    found = sorted(str(path) for path in Path(entry).glob("*.tar"))
-    if not found:
+    paths = sorted(str(path) for path in Path(entry).glob("*.tar"))
+    if not paths:
         inside = sorted({path.parent.name for path in Path(entry).glob("*/*.tar")})
         hint = f"; its folders {', '.join(inside)} do: name one of them" if inside else ""
         raise UserError(f"the folder {entry} has no *.tar files{hint}")
-    return found
+    return paths
 
 
-def _listed(url: str) -> list[str]:
+def _list_folder(url: str) -> list[str]:
     """The tar files of a remote folder."""
     files, path = file_system(url)
     try:
-        found = sorted(files.glob(f"{path.rstrip('/')}/*.tar"))
+        names = sorted(files.glob(f"{path.rstrip('/')}/*.tar"))
     except Exception as error:  # each file system has its own
         raise UserError(f"the folder {url} cannot be listed: {type(error).__name__} {error}") from error
-    if not found:
+    if not names:
         raise UserError(f"the folder {url} has no *.tar files")
-    return [str(files.unstrip_protocol(name)) for name in found]
+    return [str(files.unstrip_protocol(name)) for name in names]
 
 
 def relative_names(paths: Sequence[str]) -> list[str]:
@@ -90,9 +90,10 @@ def states(paths: Sequence[str], remote: Remote | None = None) -> list[tuple[int
 
     def state(path: str) -> tuple[int, int]:
         if is_remote(path):
-            return remote_state(path, remote or Remote())
-        local = os.stat(path)
-        return local.st_size, local.st_mtime_ns
+            shard = open_remote(path, remote or Remote())
+            return shard.size, shard.mtime_ns
+        stat = os.stat(path)
+        return stat.st_size, stat.st_mtime_ns
 
     if not any(map(is_remote, paths)):
         return [state(path) for path in paths]
@@ -119,35 +120,31 @@ class Shard(Protocol):
 
 
 class ShardFile:
-    """A local shard; what passes by on network file systems is tried again like a remote shard's failures."""
+    """A local shard; temporary errors of network file systems are retried like those of a remote shard."""
 
     jump_bytes = 16 << 10
 
     def __init__(self, path: str, remote: Remote | None = None) -> None:
         self.path = path
+        self.remote = remote or Remote()
         self._fd = os.open(path, os.O_RDONLY)
         stat = os.fstat(self._fd)
-        self.size = stat.st_size
-        self.mtime_ns = stat.st_mtime_ns
-        self.remote = remote or Remote()
+        self.size, self.mtime_ns = stat.st_size, stat.st_mtime_ns
 
     def read(self, offset: int, size: int) -> bytes:
         """The bytes [offset, offset + size), fewer where the file ends before."""
+        return retry(self.path, lambda _: self._try(offset, size), self.remote)
+
+    def _try(self, offset: int, size: int) -> bytes:
         try:
             return os.pread(self._fd, size, offset)
         except OSError as error:
-            if error.errno not in PASSING:
+            if error.errno not in TEMPORARY:
                 raise
-        return retry(self.path, lambda left: self._read_anew(offset, size), self.remote)
-
-    def _read_anew(self, offset: int, size: int) -> bytes:
-        """One try with the file opened again, as a stale handle stays stale."""
-        try:
-            with open(self.path, "rb", buffering=0) as file:
-                return os.pread(file.fileno(), size, offset)
-        except OSError as error:
-            if error.errno not in PASSING:
-                raise
+            with suppress(OSError):  # a stale handle stays stale, so the file is opened again in its place
+                fd = os.open(self.path, os.O_RDONLY)
+                os.dup2(fd, self._fd)
+                os.close(fd)
             raise Transient(f"{type(error).__name__}: {error}") from error
 
     def close(self) -> None:
@@ -160,7 +157,10 @@ class ShardFile:
             self.close()
 
 
-_remembered = lru_cache(maxsize=1 << 17)(remote_state)  # a copy's shard is asked for its state once
+@lru_cache(maxsize=1 << 17)  # the state of a shard with a local copy is requested once
+def _state(url: str, remote: Remote) -> tuple[int, int]:
+    shard = open_remote(url, remote)
+    return shard.size, shard.mtime_ns
 
 
 def open_shard(path: str, remote: Remote | None = None) -> Shard:
@@ -169,9 +169,9 @@ def open_shard(path: str, remote: Remote | None = None) -> Shard:
         return ShardFile(path, remote)
     remote = remote or Remote()
     if remote.shard_cache is None:
-        return RemoteShard(path, remote)
+        return open_remote(path, remote)
     cache = ShardCache(remote.shard_cache, int(remote.shard_cache_gib * GiB))
-    shard = RemoteShard(path, remote, _remembered(path, remote))
+    shard = open_remote(path, remote, _state(path, remote))
     while True:
         try:
             return ShardFile(cache.local(shard))
@@ -179,52 +179,39 @@ def open_shard(path: str, remote: Remote | None = None) -> Shard:
             continue
 
 
-class OpenShards:
-    """The shards of a list, opened when first read; at most `limit` stay open, the least recently used goes.
+class OpenShards(threading.local):
+    """The shards of a list, opened when first read; at most `limit` stay open, the least recently used is closed.
 
-    Local copies of remote shards stay open in a smaller number, as what is open keeps its place on the disk.
-    It is the process's own: a copy sent to another process starts with none open.
+    Local copies of remote shards stay open in a smaller number, since an open file keeps its place on the disk.
+    Each thread and each process has its own. Where `states` are given, the (size, time of change) that each shard had
+    when it was indexed, opening another file raises UserError.
     """
 
-    def __init__(self, paths: Sequence[str], limit: int = 64, remote: Remote | None = None) -> None:
+    def __init__(
+        self,
+        paths: Sequence[str],
+        limit: int = 64,
+        remote: Remote | None = None,
+        states: Sequence[tuple[int, int]] | None = None,
+    ) -> None:
         self.paths = paths
         self.limit = limit if remote is None or remote.shard_cache is None else min(limit, 4)
         self.remote = remote
+        self.states = states
         self._open: OrderedDict[int, Shard] = OrderedDict()
 
     def __getitem__(self, number: int) -> Shard:
         shard = self._open.get(number)
         if shard is None:
-            shard = self._open[number] = open_shard(self.paths[number], self.remote)
+            shard = open_shard(self.paths[number], self.remote)
+            if self.states is not None and (shard.size, shard.mtime_ns) != self.states[number]:
+                raise UserError(f"{shard.path} changed after it was indexed; start again")
+            self._open[number] = shard
             if len(self._open) > self.limit:
                 self._open.popitem(last=False)[1].close()
         else:
             self._open.move_to_end(number)
         return shard
 
-    def __getstate__(self) -> dict[str, object]:
-        return self.__dict__ | {"_open": OrderedDict()}
-
-
-def write_shard(path: str | Path, samples: Iterable[tuple[str, Mapping[str, bytes]]]) -> int:
-    """Writes (key, {extension: bytes}) samples as one tar file and returns how many there were.
-
-    The same samples give the same bytes: no times, no owners, members in the order given. The file appears
-    under its name only when it is complete.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
-    count = 0
-    try:
-        with tarfile.open(unfinished, "w", format=tarfile.PAX_FORMAT) as tar:
-            for key, parts in samples:
-                for extension, data in parts.items():
-                    member = tarfile.TarInfo(f"{key}.{extension}")
-                    member.size = len(data)
-                    tar.addfile(member, io.BytesIO(data))
-                count += 1
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
-    return count
+    def __reduce__(self) -> tuple[type["OpenShards"], tuple[Any, ...]]:
+        return OpenShards, (self.paths, self.limit, self.remote, self.states)

@@ -138,7 +138,7 @@ class _Grouping:
             if part.size > limit:
                 self.problem("oversized", f"{part.name} has {part.size} bytes, more than {limit}")
                 return None
-        facts = _object(sample.described)
+        facts = json_object(sample.described)
         width, height = self._size(sample, picture, facts)
         if width * height > MAX_pixels:
             self.problem("gigapixel", f"{picture.name} has {width} x {height} pixels, more than {MAX_pixels}")
@@ -165,11 +165,12 @@ class _Grouping:
         return picture_size(read) or (0, 0)
 
 
-def _object(described: bytes) -> dict[str, object]:
-    if not described:
+def json_object(data: bytes) -> dict[str, object]:
+    """A JSON part; empty where it is none, corrupt or no object."""
+    if not data:
         return {}
     try:
-        facts = json.loads(str(described, "utf-8"))
+        facts = json.loads(str(data, "utf-8"))
     except (ValueError, RecursionError):
         return {}
     return facts if isinstance(facts, dict) else {}

@@ -9,7 +9,7 @@ import pytest
 BLOCK = 16 * 2**20
 FAULTS = f"""
 import ctypes, resource, sys
-from ldm.training.freed_memory import keep_freed_memory
+from ldm.networks.cpu import keep_freed_memory
 kept = keep_freed_memory() if sys.argv[1] == "keep" else False
 libc = ctypes.CDLL(None)
 libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
