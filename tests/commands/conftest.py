@@ -26,7 +26,7 @@ CONDITIONERS = {
     "class": {"_target_": "ldm.conditioning.classes.ClassConditioner", "num_classes": 4, "dim": 8, "field": "label",
               "dropout": 0.1},
     "none": {"_target_": "ldm.conditioning.compose.Unconditional"},
-    "low_resolution": {"_target_": "ldm.conditioning.image.LowResolution", "factor": 4},
+    "low_resolution": {"_target_": "ldm.conditioning.image.LowResolution"},
     "masked_image": {"_target_": "ldm.conditioning.image.MaskedImage"},
 }  # fmt: skip
 IN_CHANNELS = {"low_resolution": 7, "masked_image": 9}
