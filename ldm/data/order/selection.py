@@ -57,7 +57,7 @@ class Selection:
         return place if self._members is None else int(self._members[place])
 
     def within(self, first: int, stop: int) -> tuple[Ints, Ints]:
-        """(numbers, buckets) of those that stand from number `first` to before `stop`, bucket by bucket."""
+        """(numbers, buckets) of the samples from number `first` to before `stop`, bucket by bucket."""
         if self._members is None:
             return np.arange(first, stop), np.zeros(stop - first, np.int64)
         ends = np.cumsum(self.counts)
@@ -79,7 +79,7 @@ def select(
 ) -> tuple[list[Size], list[Selection]]:
     """(sizes of the buckets, the selection of each source); without buckets there is the one size.
 
-    `minimum` samples are asked of each bucket. Raises UserError for filters that don't fit the columns or keep
+    Each bucket needs `minimum` samples. Raises UserError for filters that don't fit the columns or keep
     nothing, and for buckets that nothing fits.
     """
     wanted = buckets.sizes(size) if buckets else [size]
@@ -90,7 +90,7 @@ def select(
             lines = "\n".join(f"  {rule.rule}: {rule.dropped} dropped, {rule.kept} kept" for rule in rules)
             raise UserError(f"{source.name}: no sample is left of {len(source.manifest)}:\n{lines}\nchange these rules")
     table.counts = [counts for _, counts in counted]
-    sizes = buckets.chosen(table, minimum) if buckets else wanted
+    sizes = buckets.choose(table, minimum) if buckets else wanted
     samples = table.samples([wanted.index(each) for each in sizes])
     return sizes, [
         _selection(source, rules, samples[d].tolist(), sizes if buckets else None)
@@ -99,7 +99,7 @@ def select(
 
 
 def _chunks(source: SelectionRequest, with_size: bool) -> Iterator[tuple[int, list[Mask], NDArray[np.float64]]]:
-    """(start, what each rule says, log aspect ratios) of the samples, a chunk at a time."""
+    """(start, the mask of each rule, log aspect ratios) of the samples, a chunk at a time."""
     manifest, where = source.manifest, source.where
     columns = where.resolve(manifest) if where else {}
     for start in range(0, len(manifest), CHUNK):
@@ -114,7 +114,7 @@ def _chunks(source: SelectionRequest, with_size: bool) -> Iterator[tuple[int, li
 
 
 def _counted(source: SelectionRequest, table: Table | None) -> tuple[list[RuleCount], Ints]:
-    """What the rules keep, and the counts between the table's edges (without one: of all that is kept)."""
+    """The counts of the rules, and of the kept samples between the table's edges (without a table: of all)."""
     names = [*(source.where.rules if source.where else []), *([SIZE_KNOWN] if table else [])]
     if not names:
         return [], np.array([len(source.manifest)])

@@ -1,4 +1,4 @@
-"""The manifest of a list of shards: where each sample's parts lie, as memory-mapped columns.
+"""The manifest of a list of shards: the place of each sample's parts, as memory-mapped columns.
 
 Every shard's headers are read once. The manifest is in `.index/` next to the shards, in a folder whose name
 depends on the shards' names, sizes and times of change: it is used while these hold, and written again otherwise.
@@ -41,7 +41,7 @@ class Manifest:
 
     Columns (memory-mapped, one entry a sample): shard, image_offset, image_size, image_kind (an index into
     PICTURE_KINDS), text_offset, text_size, json_offset, json_size (size -1: there is none), caption (0 none,
-    1 in the text, 2 in the JSON), width, height (pixels, from the JSON, else the picture's header; 0: not known).
+    1 in the text, 2 in the JSON), width, height (pixels, from the JSON, else the picture's header; 0: unknown).
     `column` gives these two and the JSON's numbers by name.
     """
 
@@ -108,7 +108,7 @@ class Manifest:
         return self.paths[int(self.shard[index])]
 
     def damaged(self) -> list[tuple[str, str]]:
-        """(shard, what is wrong with it) for each cut shard and each with interleaved or repeated samples."""
+        """(shard, its problems) for each cut shard and each with interleaved or repeated samples."""
         return [
             (path, "; ".join(facts["examples"]))
             for path, facts in zip(self.paths, self.shards, strict=True)
@@ -116,7 +116,7 @@ class Manifest:
         ]
 
     def findings(self) -> list[tuple[str, str]]:
-        """(shard, what was found in it) for each damaged shard and each with oversized or gigapixel samples."""
+        """(shard, its problems) for each damaged shard and each with oversized or gigapixel samples."""
         pairs = zip(self.paths, self.shards, strict=True)
         return [(path, "; ".join(facts["examples"])) for path, facts in pairs if facts["examples"]]
 
@@ -273,7 +273,7 @@ def _nan_for_0(sides: NDArray[Any]) -> NDArray[np.float64]:
 
 
 def _table(manifest: Manifest) -> str:
-    """The counts, and the shards with what is wrong."""
+    """The counts, and the shards with their problems."""
     rows: list[tuple[str, int]] = [
         ("shards", len(manifest.paths)),
         ("  damaged", len(manifest.damaged())),

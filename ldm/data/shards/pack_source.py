@@ -50,8 +50,8 @@ def read_source(
 ) -> tuple[list[Packable], Counter[str]]:
     """The samples of a folder, a table or shards, and the number left out by reason.
 
-    Those of a folder or table are sorted by key, those of shards stay in their order. Raises UserError where there
-    is no such source, the table lacks a column or a file, the function fails, or a shard is damaged.
+    Those of a folder or table are sorted by key, those of shards stay in their order. Raises UserError where the
+    source does not exist, the table lacks a column or a file, the function fails, or a shard is damaged.
     """
     if is_shards(source):
         if caption_from:
