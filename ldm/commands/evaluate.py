@@ -20,9 +20,8 @@ from ldm.config.trained import (
 )
 from ldm.errors import UserError
 from ldm.evaluation.evaluate import Evaluation, ReferenceSet, Row
-from ldm.evaluation.grids import draw_examples
 from ldm.evaluation.protocol import Protocol
-from ldm.evaluation.report import plot_curves, plot_scales, rows_table, stages_table
+from ldm.evaluation.report import draw_examples, plot_curves, plot_scales, rows_table, stages_table
 from ldm.generation import Generator
 from ldm.interop.model_folder import stage_records
 
