@@ -1,12 +1,13 @@
 """Our weights' names in the layouts of others: diffusers and transformers, CompVis and sgm, OpenCLIP.
 
-Every function takes our names of one part (the UNet, the first stage, a text encoder) and gives a `WeightMapping` for each
-tensor of the other layout. Nothing is guessed from other files: their names follow from ours alone.
+Every function takes our names of one part (the UNet, the first stage, a text encoder) and gives a
+`WeightMapping` for each tensor of the other layout. Nothing is guessed from other files: their
+names follow from ours alone.
 """
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -29,8 +30,12 @@ class WeightMapping:
     transpose: bool = False
     flat: bool = False
 
+    def under(self, theirs: str, ours: str) -> "WeightMapping":
+        """The same of parts of larger models, whose names begin with these prefixes."""
+        return replace(self, theirs=theirs + self.theirs, ours=tuple(ours + name for name in self.ours))
+
     def of(self, state: Mapping[str, Tensor]) -> Tensor:
-        """The other layout's tensor, made of ours."""
+        """The other layout's tensor from ours."""
         parts = [state[name] for name in self.ours]
         tensor = parts[0] if len(parts) == 1 else torch.cat(parts)
         if self.flat:

@@ -8,13 +8,14 @@ import pytest
 import torch
 
 from ldm.checkpoint import load_tensors
-from ldm.config.sources import Weights, _check_latents, load_strictly
+from ldm.config.sources import _check_latents, load_strictly
 from ldm.errors import UserError
 from ldm.first_stage.autoencoder import FirstStage
 from ldm.first_stage.regularizer import KLRegularizer
+from ldm.interop import nodes
 from ldm.interop.convert import convert, read
+from ldm.interop.package import Package
 from ldm.networks.autoencoder import Decoder, Encoder
-from ldm.networks.unet import UNet
 from tests.interop.tiny import package
 
 from .launch import model_of
@@ -42,7 +43,7 @@ def test_averaged_or_raw_weights_are_chosen(run: Path) -> None:
 @pytest.mark.parametrize("source", ["base.safetensors", "diffusers", "first_stage"])
 def test_a_first_stage_comes_from_any_format(source: str, run: Path, tiny_shapes: Path, tmp_path: Path) -> None:
     model = model_of(tiny_shapes, run, tmp_path, f"first_stage_from={run / source}")
-    wanted = read(run / "first_stage").part("first_stage.")
+    wanted = read(run / "first_stage").state
     for name, tensor in model.first_stage.state_dict().items():
         assert torch.equal(tensor, wanted[name]), name
 
@@ -57,16 +58,16 @@ def changed(run: Path, path: Path, change: Any) -> Path:
 
 
 def test_other_latent_statistics_are_refused(run: Path, tiny_shapes: Path, tmp_path: Path) -> None:
-    other = changed(run, tmp_path / "other", lambda state: state["first_stage.latent_std"].mul_(3.0))
+    other = changed(run, tmp_path / "other", lambda state: state["latent_std"].mul_(3.0))
     with pytest.raises(UserError, match=r"was trained on latents whose latent_std is \[.*would see other latents"):
         model_of(tiny_shapes, run, tmp_path, f"first_stage_from={other}", f"init_from={run}/base")
     model_of(tiny_shapes, run, tmp_path, f"first_stage_from={other}")  # a network that is trained anew
 
 
 def test_another_decoder_of_the_same_latents_is_taken(run: Path, tiny_shapes: Path, tmp_path: Path) -> None:
-    other = changed(run, tmp_path / "other", lambda state: state["first_stage.decoder.conv_out.bias"].add_(1.0))
+    other = changed(run, tmp_path / "other", lambda state: state["decoder.conv_out.bias"].add_(1.0))
     model = model_of(tiny_shapes, run, tmp_path, f"first_stage_from={other}", f"init_from={run}/base")
-    assert torch.equal(model.first_stage.decoder.conv_out.bias, read(other).state["first_stage.decoder.conv_out.bias"])
+    assert torch.equal(model.first_stage.decoder.conv_out.bias, read(other).state["decoder.conv_out.bias"])
 
 
 def test_other_latent_channels_are_refused(run: Path, tiny_shapes: Path, tmp_path: Path) -> None:
@@ -99,7 +100,7 @@ def test_a_first_stage_of_other_channels_than_a_network_was_trained_on_is_refuse
     )
     state = {"first_stage.latent_mean": torch.zeros(4), "first_stage.latent_std": torch.ones(4)}
     with pytest.raises(UserError, match=r"in base was trained on latents of 4 channels, the first stage in vae has 8"):
-        _check_latents(first_stage, "vae", Weights(state, "base", {}))
+        _check_latents(first_stage, "vae", Package({}, state, origin="base"))
 
 
 def test_weights_of_another_width_are_refused(run: Path, tiny_shapes: Path, tmp_path: Path) -> None:
@@ -112,7 +113,7 @@ def test_weights_of_another_width_are_refused(run: Path, tiny_shapes: Path, tmp_
 
 def test_weights_of_sd_2_are_refused_for_a_network_of_sd_1(tmp_path: Path) -> None:
     given = {name: package(name, tmp_path) for name in ("sd1", "sd2")}
-    network = UNet(**(given["sd1"].architecture.network or {}))
+    network = nodes.build(given["sd1"].model["denoiser"]["network"])
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     with pytest.raises(UserError, match=r"don't fit the model: time_embed.0.weight: \[256, 64\] in the file") as caught:
         load_strictly(network, given["sd2"].part("denoiser.network."), "sd2.safetensors")
