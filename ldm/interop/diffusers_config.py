@@ -133,13 +133,6 @@ def unet_config(model: Node, sample_size: int) -> dict[str, Any]:
         # SD 2.1's scores overflow in float16 (diffusers' folders of it say so too)
         "upcast_attention": network["use_linear_projection"] and network["vector_dim"] is None,
         "norm_num_groups": _groups(model["denoiser"]["network"]),
-        "norm_eps": 1e-5,
-        "act_fn": "silu",
-        "center_input_sample": False,
-        "flip_sin_to_cos": True,
-        "freq_shift": 0,
-        "downsample_padding": 1,
-        "mid_block_scale_factor": 1,
     }
     if network["vector_dim"] is not None:
         config |= {"addition_embed_type": "text_time", "projection_class_embeddings_input_dim": network["vector_dim"]}

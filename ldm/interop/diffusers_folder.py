@@ -1,6 +1,6 @@
 """The diffusers folder: model_index.json, scheduler, tokenizers, text encoders, unet and vae, in safetensors."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from ldm.interop import diffusers_config as configs
 from ldm.interop import nodes
 from ldm.interop.names import (
     OLD_ATTENTION,
-    WeightMapping,
+    ToMappings,
     first_stage_to_diffusers,
     renamed,
     text_to_transformers,
@@ -44,7 +44,6 @@ VERSION = "0.38.0"  # of diffusers, whose layout this is
 SD, XL = "StableDiffusion", "StableDiffusionXL"
 PIPELINES = tuple(f"{family}{use}Pipeline" for family in (SD, XL) for use in ("", "Img2Img", "Inpaint"))
 """Those whose parts are a model as it is known here; others have more parts, or use these in another way."""
-ToMappings = Callable[[Iterable[str]], list[WeightMapping]]
 
 # ---------------------------------------------------------------------------------------------------- writing
 

@@ -6,7 +6,7 @@ names follow from ours alone.
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -48,6 +48,10 @@ class WeightMapping:
         sizes = [shapes[name][0] for name in self.ours]
         parts = torch.split(tensor, sizes) if len(sizes) > 1 else (tensor,)
         return {name: part.reshape(shapes[name]).contiguous() for name, part in zip(self.ours, parts, strict=True)}
+
+
+ToMappings = Callable[[Iterable[str]], list[WeightMapping]]
+"""Our names of a part -> the tensors of another layout."""
 
 
 def renamed(names: Iterable[str], rules: Rules) -> dict[str, str]:

@@ -157,7 +157,7 @@ def model_config(model: Node, size: Sequence[int] = (512, 512), sampling: Node |
 
     Without `sampling` it is that of diffusers' pipelines.
     """
-    if is_of(model, FirstStage):
+    if is_first_stage(model):
         return {"model": model}
     grid = node(Trailing if is_of(model["denoiser"]["schedule"], schedule.ZeroTerminalSNR) else Leading)
     pipeline = {"sampler": node(DDIM), "grid": grid, "guidance": node(ClassifierFree)}
@@ -173,19 +173,24 @@ def model_config(model: Node, size: Sequence[int] = (512, 512), sampling: Node |
 # ------------------------------------------------------------------------------------------------- taking one apart
 
 
+def is_first_stage(model: Node) -> bool:
+    """Whether it is a first stage alone, of whatever class: a latent diffusion model has one as an argument."""
+    return "first_stage" not in model
+
+
 def first_stage_of(model: Node) -> Node:
     """The first stage in a model, or the model itself where it is one."""
-    return model if is_of(model, FirstStage) else model["first_stage"]
+    return model if is_first_stage(model) else model["first_stage"]
 
 
 def first_stage_prefix(model: Node) -> str:
     """What stands before the first stage's names in the model's state."""
-    return "" if is_of(model, FirstStage) else "first_stage."
+    return "" if is_first_stage(model) else "first_stage."
 
 
 def conditioners(model: Node) -> dict[str, Node]:
     """The conditioners by what stands before their names in the model's state; none of a first stage alone."""
-    if is_of(model, FirstStage):
+    if is_first_stage(model):
         return {}
     whole = model["conditioner"]
     if not is_of(whole, Compose):
@@ -211,7 +216,7 @@ def is_masked(model: Node) -> bool:
 def parts(model: Node) -> dict[str, Shapes]:
     """The parameters of the UNet, the text encoders and the first stage, by what stands before their names."""
     found = {first_stage_prefix(model): shapes(first_stage_of(model))}
-    if not is_of(model, FirstStage):
+    if not is_first_stage(model):
         found[NETWORK] = shapes(model["denoiser"]["network"])
     return found | {prefix: text_shapes(text) for prefix, text in texts(model).items()}
 
@@ -241,7 +246,7 @@ def require_plain(value: Any, origin: str) -> None:
 
 def require_counterparts(model: Node) -> None:
     """UserError for a part that no other format has."""
-    if not is_of(model, FirstStage):
+    if not is_first_stage(model):
         _expect(model, LatentDiffusion)
         denoiser = model["denoiser"]
         _expect(denoiser, Denoiser)

@@ -46,7 +46,7 @@ class Package:
     @property
     def kind(self) -> str:
         """What our model folder calls it."""
-        return "first_stage" if nodes.is_of(self.model, FirstStage) else "diffusion"
+        return "first_stage" if nodes.is_first_stage(self.model) else "diffusion"
 
     @property
     def prediction(self) -> str:
@@ -56,10 +56,10 @@ class Package:
     @property
     def first_stage(self) -> "Package":
         """Its first stage alone, whose node has the statistics of the weights."""
-        state = self.part(nodes.first_stage_prefix(self.model))
-        statistics = {name: state[name].to(torch.float64).tolist() for name in STATISTICS}
-        config = {"model": nodes.first_stage_of(self.model) | statistics}
-        return replace(self, config=config, state=state, tokenizers=[])
+        model, state = nodes.first_stage_of(self.model), self.part(nodes.first_stage_prefix(self.model))
+        if nodes.is_of(model, FirstStage):
+            model = model | {name: state[name].to(torch.float64).tolist() for name in STATISTICS}
+        return replace(self, config={"model": model}, state=state, tokenizers=[])
 
     def part(self, prefix: str) -> dict[str, Tensor]:
         """The weights under a prefix, without it."""

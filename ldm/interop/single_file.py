@@ -6,7 +6,6 @@ metadata under `ldm` where this module wrote it, as the model's node; other tool
 
 import json
 import re
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -19,10 +18,10 @@ from ldm.conditioning.image import MaskedImage
 from ldm.diffusion.prediction import Epsilon, V
 from ldm.diffusion.schedule import ScaledLinear, ZeroTerminalSNR
 from ldm.errors import UserError
-from ldm.first_stage.autoencoder import FirstStage
 from ldm.interop import nodes, recognise
 from ldm.interop.names import (
     Rules,
+    ToMappings,
     WeightMapping,
     first_stage_as_compvis,
     first_stage_to_compvis,
@@ -59,7 +58,6 @@ OLD_TEXT: Rules = [  # how transformers named CLIP's parts once, as files of tha
 ]
 
 CLIP_TEXT = partial(text_to_transformers, prefix="")
-ToMappings = Callable[[Iterable[str]], list[WeightMapping]]
 
 
 def text_places(model: Node) -> list[str]:
@@ -82,7 +80,7 @@ def layout(model: Node) -> tuple[list[WeightMapping], Shapes]:
     """The mappings of all of a model's weights to the file's, and our tensors on the meta device."""
     shapes = nodes.parts(model)
     places: list[tuple[str, str, ToMappings]] = []  # what stands before a part's names there and here
-    if nodes.is_of(model, FirstStage):
+    if nodes.is_first_stage(model):
         places.append(("", "", first_stage_to_compvis))
     else:
         places.append((UNET, NETWORK, unet_to_compvis))
@@ -193,11 +191,13 @@ class Hints:
             nodes.require_plain(config, self.origin)
             model = config["model"]
             nodes.require_counterparts(model)
-            if nodes.is_of(model, FirstStage):
+            if nodes.is_first_stage(model):
                 return Package({"model": model}, {}, origin=self.origin)
             model |= {"conditioner": nodes.conditioner(list(nodes.conditioners(model).values()))}
             nodes.require_fitting(model, self.origin)
             height, width = config["data"]["size"]
+            if len(tokenizers) not in (0, len(nodes.texts(model))):
+                raise UserError(f"{self.origin} has {len(tokenizers)} tokenizers, not one for each text encoder")
             require_text_files(tokenizers, self.origin)
             return Package(nodes.model_config(model, (height, width)), {}, tokenizers, self.origin)
 

@@ -1,6 +1,7 @@
 """Training goes on from weights of every format; parts that do not fit together are refused with the reason."""
 
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 
 from ldm.checkpoint import load_tensors
-from ldm.config.sources import _check_latents, load_strictly
+from ldm.config.sources import _check_latents, load_strictly, weights_of
 from ldm.errors import UserError
 from ldm.first_stage.autoencoder import FirstStage
 from ldm.first_stage.regularizer import KLRegularizer
@@ -128,3 +129,28 @@ def test_a_first_stage_alone_is_no_model(run: Path, tiny_shapes: Path, tmp_path:
         model_of(tiny_shapes, run, tmp_path, f"init_from={tmp_path}/vae.safetensors", first_stage)
     with pytest.raises(UserError, match="no such path exists"):
         model_of(tiny_shapes, run, tmp_path, "init_from=nowhere", f"first_stage_from={run}/first_stage")
+
+
+def renamed_target(folder: Path, out: Path, old: str, new: str) -> Path:
+    """A copy of a model folder with another class in its config.yaml."""
+    shutil.copytree(folder, out)
+    text = (out / "config.yaml").read_text()
+    assert f"_target_: {old}\n" in text
+    (out / "config.yaml").write_text(text.replace(f"_target_: {old}\n", f"_target_: {new}\n"))
+    return out
+
+
+def test_a_users_own_classes_are_weights_to_begin_with(run: Path, tmp_path: Path) -> None:
+    """They have no counterpart in other formats, but training reads them as they are."""
+    network = renamed_target(run / "ldm", tmp_path / "network", "ldm.networks.unet.UNet", "mine.DiT")
+    found = weights_of(str(network), {}, "init_from", "diffusion")
+    assert found.model["denoiser"]["network"]["_target_"] == "mine.DiT"
+    assert found.state.keys() == read(run / "ldm").state.keys()
+    with pytest.raises(UserError, match=r"a mine\.DiT has no counterpart in other formats"):
+        convert(network, tmp_path / "out", "ldm")
+    own = "ldm.first_stage.autoencoder.FirstStage"
+    for source in ("ldm", "first_stage/model"):
+        folder = renamed_target(run / source, tmp_path / source.split("/")[0], own, "mine.FirstStage")
+        found = weights_of(str(folder), {}, "first_stage_from", "first_stage")
+        assert (found.kind, found.model["_target_"]) == ("first_stage", "mine.FirstStage")
+        assert found.state.keys() == read(run / "first_stage").state.keys()

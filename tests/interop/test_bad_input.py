@@ -224,13 +224,14 @@ def with_metadata(text: str) -> Callable[[Path, Path], Path]:
     return make
 
 
-def with_description(change: Callable[[dict[str, Any]], object]) -> Callable[[Path, Path], Path]:
+def with_description(change: Callable[[dict[str, Any]], object], tokenizers: int = 1) -> Callable[[Path, Path], Path]:
     """The whole file with another model in its metadata."""
 
     def make(whole: Path, path: Path) -> Path:
         tensors, metadata = load_tensors(whole / "whole.safetensors")
         value = json.loads(metadata["ldm"])
         change(value["config"]["model"])
+        value["tokenizers"] *= tokenizers
         save_tensors(path / "model.safetensors", tensors, {"ldm": json.dumps(value)})
         return path / "model.safetensors"
 
@@ -357,6 +358,7 @@ def without_transformers(tensors: dict[str, torch.Tensor]) -> None:
             with_description(lambda node: node["denoiser"]["network"].update(channel_mult=3)),
             "the description of its model does not build",
         ),
+        (with_description(lambda node: None, tokenizers=2), "has 2 tokenizers, not one for each text encoder"),
         (with_tokenizer_file("../../escaped.json"), "has a tokenizer's file '../../escaped.json'"),
         (with_tensors(without_first_stage), "has no first stage (first_stage_model.*)"),
         (with_tensors(lambda t: t.update({"extra.weight": torch.zeros(1)})), "unexpected extra.weight"),

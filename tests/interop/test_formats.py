@@ -1,14 +1,17 @@
 """Round trips between the formats, and what is recognised without help."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from omegaconf import OmegaConf
 
 from ldm.checkpoint import load_tensors, save_tensors
 from ldm.config.build import load_trained
+from ldm.config.check import build
 from ldm.diffusion.schedule import Discrete, Linear, ScaledLinear, ZeroTerminalSNR
 from ldm.interop import nodes
 from ldm.interop.convert import cast, convert, main, read
@@ -16,6 +19,8 @@ from ldm.interop.diffusers_folder import write_diffusers
 from ldm.interop.model_folder import find_model_folder
 from ldm.interop.own_folder import portable, read_model_folder, write_own
 from ldm.interop.single_file import write_single_file
+from ldm.sampling.ddim import DDIM
+from ldm.sampling.grid import Leading, Trailing
 
 from .tiny import alone, description, first_stage, package, same, tokenizer, with_schedule
 
@@ -185,3 +190,19 @@ def test_the_padding_that_a_configuration_names_travels(tmp_path: Path) -> None:
     file.write_text(yaml.safe_dump(config))
     found = portable(read_model_folder(find_model_folder(tmp_path / "model", "diffusion"), "ema"))
     assert json.loads(found.tokenizers[0]["tokenizer_config.json"])["pad_token"] == "!"
+
+
+def test_a_converted_model_says_how_it_is_sampled(tmp_path: Path) -> None:
+    """As diffusers' pipelines do it, unless the model says otherwise itself."""
+    given = package("sd2", tmp_path)
+    zero_terminal = nodes.node(ZeroTerminalSNR, schedule=given.model["denoiser"]["schedule"])
+    for schedule, grid in ((given.model["denoiser"]["schedule"], Leading), (zero_terminal, Trailing)):
+        denoiser = {**given.model["denoiser"], "schedule": schedule}
+        sampling = nodes.model_config({**given.model, "denoiser": denoiser})["sampling"]
+        assert sampling["grid"] == nodes.node(grid)
+        for part in ("sampler", "grid"):
+            assert isinstance(build(OmegaConf.create(sampling[part])), {"sampler": DDIM, "grid": grid}[part])
+    own = {"sampler": {"_target_": "mine.Sampler"}, "steps": 4, "guidance_scale": 1.0}
+    write_own(replace(given, config={**given.config, "sampling": own}), tmp_path / "own")
+    convert(tmp_path / "own", tmp_path / "copy", "ldm")
+    assert yaml.safe_load((tmp_path / "copy" / "config.yaml").read_text())["sampling"] == own
