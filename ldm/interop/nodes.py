@@ -104,7 +104,7 @@ def readable(message: str) -> Iterator[None]:
     except KeyError as error:
         raise UserError(f"{message}: it has no {error}") from error
     except (IndexError, TypeError, AttributeError, ValueError, ArithmeticError, RuntimeError) as error:
-        raise UserError(f"{message}: {str(error).splitlines()[0]}") from error
+        raise UserError(f"{message}: {(str(error) or repr(error)).splitlines()[0]}") from error
 
 
 # ---------------------------------------------------------------------------------------------- making a description

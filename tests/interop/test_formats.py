@@ -13,6 +13,7 @@ from ldm.checkpoint import load_tensors, save_tensors
 from ldm.config.build import load_trained
 from ldm.config.check import build
 from ldm.diffusion.schedule import Discrete, Linear, ScaledLinear, ZeroTerminalSNR
+from ldm.errors import UserError
 from ldm.interop import nodes
 from ldm.interop.convert import cast, convert, main, read
 from ldm.interop.diffusers_folder import write_diffusers
@@ -118,6 +119,9 @@ def test_statistics_per_channel_are_folded_and_come_back(to: str, tmp_path: Path
     tensors[name] = tensors[name] + 1.0  # trained on by another tool: what was noted is out of date
     save_tensors(file, tensors, metadata)
     assert not read(out).state["first_stage.latent_mean"].any()
+    save_tensors(file, tensors, metadata | {"ldm.unfolded": metadata["ldm.unfolded"][:-40]})
+    with pytest.raises(UserError, match=r"metadata 'ldm\.unfolded' of the first stage are damaged"):
+        read(out)
 
 
 @pytest.mark.parametrize("kind", ["kl", "vq"])
