@@ -173,7 +173,7 @@ def convert(
     _require_free(out, to)
     package = with_scale_factor(portable(read(source, weights or "ema", prediction)), scale_factor)
     if weights == "ema" and not package.averaged:
-        package.notes.append(f"{source} has one kind of weights alone, which were taken")
+        package.notes.append(f"{source} has one kind of weights alone, which were used")
     if tokenizer is not None and package.tokenizers:
         package.notes.append(f"{source} brings its own tokenizer; {tokenizer} was not used")
     if dtype is not None:
@@ -218,9 +218,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--to", required=True, choices=list(FORMATS), help="the format to write")
     parser.add_argument("--weights", choices=("ema", "raw"), help="which, where there are both (ema)")
     parser.add_argument("--dtype", choices=list(DTYPES), help="of the weights; default: as they are")
-    parser.add_argument("--prediction", choices=list(PREDICTIONS), help="where a file does not tell (SD 2: v)")
+    parser.add_argument("--prediction", choices=list(PREDICTIONS), help="where a file does not say it (SD 2: v)")
     parser.add_argument("--tokenizer", help=f"folder or hub name, where IN brings none ({CLIP})")
-    parser.add_argument("--scale-factor", type=float, help="of the latents, where a first stage does not tell")
+    parser.add_argument("--scale-factor", type=float, help="of the latents, where a first stage does not say it")
     return parser
 
 

@@ -125,13 +125,13 @@ def _write_first_stage(package: Package, folder: Path, shard_bytes: int) -> int:
     """Writes an autoencoder's config.json and weights; its downsampling factor."""
     first_stage = package.first_stage
     state = first_stage.state
-    own = scale_factor(state["latent_mean"], state["latent_std"])
+    factor = scale_factor(state["latent_mean"], state["latent_std"])
     metadata: dict[str, str] = {}
-    statistics: dict[str, Any] = {"scaling_factor": own or 1.0} if package.has_latent_stats else {}
-    if own is None and package.kind == "diffusion":  # the pipelines ask for one factor alone
+    statistics: dict[str, Any] = {"scaling_factor": factor or 1.0} if package.has_latent_stats else {}
+    if factor is None and package.kind == "diffusion":  # the pipelines ask for one factor alone
         metadata = stats_metadata(state)
         state = fold_latent_stats(state, 1.0)
-    elif own is None:
+    elif factor is None:
         statistics |= {"latents_mean": state["latent_mean"].tolist(), "latents_std": state["latent_std"].tolist()}
     size = max(package.config.get("data", {"size": [512]})["size"])
     config = configs.first_stage_config(first_stage.model, statistics, size)

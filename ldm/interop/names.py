@@ -56,13 +56,13 @@ ToMappings = Callable[[Iterable[str]], list[WeightMapping]]
 
 def renamed(names: Iterable[str], rules: Rules) -> dict[str, str]:
     """Our name -> the other's, by regular expressions that are applied in their order."""
-    found = {}
+    others = {}
     for name in names:
         other = name
         for pattern, replacement in rules:
             other = re.sub(pattern, replacement, other)
-        found[name] = other
-    return found
+        others[name] = other
+    return others
 
 
 # ---------------------------------------------------------------------------------------- diffusers, transformers
@@ -209,8 +209,10 @@ def unet_to_compvis(names: Iterable[str]) -> list[WeightMapping]:
 
 def _block_numbers(names: Iterable[str]) -> dict[str, int]:
     """The number in CompVis' list of "down.i.blocks.j", "down.i.downsample" and "up.i.blocks.j"."""
-    found = {m.group(1) for name in names if (m := re.match(r"((?:down|up)\.\d+\.(?:blocks\.\d+|downsample))\.", name))}
-    order = sorted(found, key=_place)
+    places = {
+        m.group(1) for name in names if (m := re.match(r"((?:down|up)\.\d+\.(?:blocks\.\d+|downsample))\.", name))
+    }
+    order = sorted(places, key=_place)
     down = [place for place in order if place.startswith("down")]
     up = [place for place in order if place.startswith("up")]
     return {place: i for i, place in enumerate(down, start=1)} | {place: i for i, place in enumerate(up)}
@@ -222,7 +224,7 @@ def _place(place: str) -> tuple[str, int, str, int]:
 
 
 def _numbered(name: str, numbers: Mapping[str, int], attended: set[str]) -> str:
-    """The name with CompVis' list and number in the place of ours; `attended` are the levels up with attention."""
+    """The name with CompVis' list and number instead of ours; `attended` are the levels up with attention."""
     if match := re.match(r"((down|up)\.(\d+)\.blocks\.\d+)\.(.*)", name):
         place, way, _, rest = match.groups()
         return f"{'input' if way == 'down' else 'output'}_blocks.{numbers[place]}.{rest}"

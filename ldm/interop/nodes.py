@@ -83,8 +83,8 @@ def arguments(described: Node) -> dict[str, Any]:
 
 def build(described: Node) -> Any:
     """The object of a node, with random weights. KeyError for a `_target_` that is not in KNOWN."""
-    given = {name: build(part) if isinstance(part, dict) else part for name, part in described.items()}
-    return KNOWN[given.pop("_target_")](**given)
+    values = {name: build(part) if isinstance(part, dict) else part for name, part in described.items()}
+    return KNOWN[values.pop("_target_")](**values)
 
 
 def shapes(described: Node) -> Shapes:
@@ -215,10 +215,10 @@ def is_masked(model: Node) -> bool:
 
 def parts(model: Node) -> dict[str, Shapes]:
     """The parameters of the UNet, the text encoders and the first stage, by what stands before their names."""
-    found = {first_stage_prefix(model): shapes(first_stage_of(model))}
+    shapes_of = {first_stage_prefix(model): shapes(first_stage_of(model))}
     if not is_first_stage(model):
-        found[NETWORK] = shapes(model["denoiser"]["network"])
-    return found | {prefix: text_shapes(text) for prefix, text in texts(model).items()}
+        shapes_of[NETWORK] = shapes(model["denoiser"]["network"])
+    return shapes_of | {prefix: text_shapes(text) for prefix, text in texts(model).items()}
 
 
 def text_shapes(text: Node) -> Shapes:
@@ -297,12 +297,12 @@ def require_fitting(model: Node, origin: str) -> None:
         tokens += width
         vector += (projection["projection_dim"] if projection else width) if text.get("pooled") else 0
     vector += sum(len(part["default"]) * part["channels"] for part in numbers(model))
-    for what, conditions, own in (
+    for what, conditions, width in (
         ("tokens of width", tokens, network["context_dim"]),
         ("a vector of width", vector, network["vector_dim"]),
     ):
-        if conditions != (own or 0):
+        if conditions != (width or 0):
             raise UserError(
-                f"the UNet in {origin} takes {what} {own or 0}, its conditions give {conditions}: "
+                f"the UNet in {origin} takes {what} {width or 0}, its conditions give {conditions}: "
                 "they are not of one model, or of a kind that is not known here"
             )

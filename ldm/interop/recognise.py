@@ -63,8 +63,8 @@ def unknown(names: list[str], origin: str) -> UserError:
 
 def _first(kinds: Mapping[str, str], names: list[str]) -> tuple[str, str] | None:
     """The first of the kinds whose pattern a name has, and that name."""
-    found = ((kind, name) for kind, pattern in kinds.items() for name in names if re.search(pattern, name))
-    return next(found, None)
+    matches = ((kind, name) for kind, pattern in kinds.items() for name in names if re.search(pattern, name))
+    return next(matches, None)
 
 
 def unet_node(state: State, origin: str) -> Node:
@@ -109,8 +109,8 @@ def unet_node(state: State, origin: str) -> Node:
 def _depth(state: State, prefix: str) -> int | None:
     """How many transformer blocks there are under a prefix; None where there is no transformer."""
     pattern = re.compile(re.escape(prefix) + r"transformer_blocks\.(\d+)\.")
-    found = {int(match[1]) for name in state if (match := pattern.match(name))}
-    return len(found) or None
+    blocks = {int(match[1]) for name in state if (match := pattern.match(name))}
+    return len(blocks) or None
 
 
 def first_stage_node(state: State, origin: str) -> Node:
@@ -220,10 +220,10 @@ def micro_conditioners(last: str, size: tuple[int, int] = (1024, 1024), channels
     if last == "aesthetic_score":
         defaults[last] = [6.0]
     options: dict[str, Any] = {} if channels == 256 else {"channels": channels}
-    found = [nodes.node(MicroConditioner, field=name, default=default, **options) for name, default in defaults.items()]
+    parts = [nodes.node(MicroConditioner, field=name, default=default, **options) for name, default in defaults.items()]
     if last == "aesthetic_score":
-        found[-1]["empty"] = [2.5]
-    return found
+        parts[-1]["empty"] = [2.5]
+    return parts
 
 
 def sd2_text(tower: State, origin: str) -> tuple[Node, tuple[str, ...]]:

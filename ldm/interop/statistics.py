@@ -59,8 +59,8 @@ def fold_latent_stats(first_stage: Mapping[str, Tensor], factor: float) -> dict[
 
 def stats_metadata(first_stage: Mapping[str, Tensor]) -> dict[str, str]:
     """Metadata from which `unfold_latent_stats` restores what `fold_latent_stats` changed."""
-    kept = {name: first_stage[name].contiguous() for name in (*FOLDED, *STATISTICS)}
-    return {KEY: base64.b64encode(safetensors.torch.save(kept)).decode()}
+    before = {name: first_stage[name].contiguous() for name in (*FOLDED, *STATISTICS)}
+    return {KEY: base64.b64encode(safetensors.torch.save(before)).decode()}
 
 
 def unfold_latent_stats(
