@@ -159,7 +159,8 @@ def model_config(model: Node, size: Sequence[int] = (512, 512), sampling: Node |
     """
     if is_first_stage(model):
         return {"model": model}
-    grid = node(Trailing if is_of(model["denoiser"]["schedule"], schedule.ZeroTerminalSNR) else Leading)
+    has_signal_left = is_of(model["denoiser"]["schedule"], schedule.ScaledLinear, schedule.Linear, schedule.Cosine)
+    grid = node(Leading if has_signal_left else Trailing)  # leading times are for those discrete schedules alone
     pipeline = {"sampler": node(DDIM), "grid": grid, "guidance": node(ClassifierFree)}
     return {
         "model": model,

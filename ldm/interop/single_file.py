@@ -53,6 +53,7 @@ NOT_WEIGHTS = re.compile(
     r"|denoiser\.(log_)?sigmas|model_ema\..*|(first_stage_model\.)?loss\..*|.*\.position_ids|.*logit_scale"
     r"|.*\.attn_mask|.*\.transformer\.text_projection\.weight|v_pred|ztsnr)$"
 )
+MARKS = ("scale_factor", "v_pred", "ztsnr", "alphas_cumprod")  # of these, those that say something of the model
 OLD_TEXT: Rules = [  # how transformers named CLIP's parts once, as files of that time still do
     (r"^(cond_stage_model\.transformer\.)(embeddings|encoder|final_layer_norm)\.", r"\1text_model.\2."),
 ]
@@ -134,7 +135,7 @@ def read_single_file(path: Path, weights: str = "ema", prediction: str | None = 
     recognise.refuse_adapters(list(tensors), str(path))
     averaged = _averaged(tensors) if weights == "ema" else {}
     tensors |= averaged
-    hints = Hints(str(path), metadata, tensors)
+    hints = Hints(str(path), metadata, {name: tensors[name] for name in MARKS if name in tensors})
     tensors = {name: tensor for name, tensor in tensors.items() if not NOT_WEIGHTS.match(name)}
     description = hints.description()
     if not any(name.startswith(UNET) for name in tensors):

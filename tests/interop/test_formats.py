@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from ldm.checkpoint import load_tensors, save_tensors
 from ldm.config.build import load_trained
 from ldm.config.check import build
-from ldm.diffusion.schedule import Discrete, Linear, ScaledLinear, ZeroTerminalSNR
+from ldm.diffusion.schedule import Discrete, Linear, RectifiedFlow, ScaledLinear, ZeroTerminalSNR
 from ldm.errors import UserError
 from ldm.interop import nodes
 from ldm.interop.convert import cast, convert, main, read
@@ -200,13 +200,14 @@ def test_a_converted_model_says_how_it_is_sampled(tmp_path: Path) -> None:
     """As diffusers' pipelines do it, unless the model says otherwise itself."""
     given = package("sd2", tmp_path)
     zero_terminal = nodes.node(ZeroTerminalSNR, schedule=given.model["denoiser"]["schedule"])
-    for schedule, grid in ((given.model["denoiser"]["schedule"], Leading), (zero_terminal, Trailing)):
+    own = given.model["denoiser"]["schedule"]
+    for schedule, grid in ((own, Leading), (zero_terminal, Trailing), (nodes.node(RectifiedFlow), Trailing)):
         denoiser = {**given.model["denoiser"], "schedule": schedule}
         sampling = nodes.model_config({**given.model, "denoiser": denoiser})["sampling"]
         assert sampling["grid"] == nodes.node(grid)
         for part in ("sampler", "grid"):
             assert isinstance(build(OmegaConf.create(sampling[part])), {"sampler": DDIM, "grid": grid}[part])
-    own = {"sampler": {"_target_": "mine.Sampler"}, "steps": 4, "guidance_scale": 1.0}
-    write_own(replace(given, config={**given.config, "sampling": own}), tmp_path / "own")
+    few = {"sampler": {"_target_": "mine.Sampler"}, "steps": 4, "guidance_scale": 1.0}
+    write_own(replace(given, config={**given.config, "sampling": few}), tmp_path / "own")
     convert(tmp_path / "own", tmp_path / "copy", "ldm")
-    assert yaml.safe_load((tmp_path / "copy" / "config.yaml").read_text())["sampling"] == own
+    assert yaml.safe_load((tmp_path / "copy" / "config.yaml").read_text())["sampling"] == few

@@ -150,7 +150,7 @@ def test_unconditional_unets_are_those_of_diffusers(resblock_updown: bool) -> No
         down_block_types=("ResnetDownsampleBlock2D" if resblock_updown else "DownBlock2D",) + ("AttnDownBlock2D",) * 2,
         up_block_types=("AttnUpBlock2D",) * 2 + ("ResnetUpsampleBlock2D" if resblock_updown else "UpBlock2D",),
         attention_head_dim=16,
-        resnet_time_scale_shift="use_scale_shift_norm" if resblock_updown else "default",
+        resnet_time_scale_shift="scale_shift" if resblock_updown else "default",
         downsample_type="resnet" if resblock_updown else "conv",
         upsample_type="resnet" if resblock_updown else "conv",
         norm_eps=1e-5,
