@@ -4,11 +4,12 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
+import torch
 from omegaconf import DictConfig, OmegaConf
 
 from ldm.checkpoint import load_tensors
 from ldm.config.build import stages
-from ldm.config.check import check
+from ldm.config.check import build, check
 from ldm.config.compose import compose
 from ldm.config.infer import check_fits
 from ldm.config.stages import stage_config
@@ -64,6 +65,8 @@ def widths(network: Any) -> Widths:
         ("conditioner=sdxl", (4, 4, 2048, 2816)),
         ("conditioner=sdxl_text", (4, 4, 2048, 1280)),
         ("conditioner=sdxl_refiner", (4, 4, 1280, 2560)),
+        ("conditioner=t5", (4, 4, 4096, None)),
+        ("conditioner=sd3_text", (4, 4, 4096, 2048)),
         ("conditioner=imagenet_class", (4, 4, 512, None)),
         ("conditioner=clip_l_masked_image", (9, 4, 768, None)),
         ("conditioner=low_resolution", (7, 4, None, None)),
@@ -71,15 +74,21 @@ def widths(network: Any) -> Widths:
         ("network=small", (4, 4, 768, None)),
     ],
 )
-def test_the_network_takes_the_widths_of_what_stands_beside_it(override: str, wanted: Widths) -> None:
+@pytest.mark.usefixtures("hub")
+def test_the_network_takes_the_widths_of_the_conditioner_and_the_first_stage(override: str, wanted: Widths) -> None:
     config = swapped(override, *[NO_SHEETS] * (override == "conditioner=low_resolution"))
-    assert widths(config.network) == wanted
+    with torch.device("meta"):
+        conditioner, first_stage = build(config.conditioner), build(config.first_stage)
+    latents = first_stage.latent_channels
+    tokens, vector, concat = conditioner.widths(latents)
+    assert (latents + concat, latents, tokens or None, vector or None) == wanted == widths(config.network)
     assert config.first_stage.decoder.in_channels == wanted[1]
 
 
 def test_a_text_encoder_in_a_folder_is_one_override(tiny_clip: Path) -> None:
     config = swapped(f"conditioner.encoder.name_or_path={tiny_clip}")
     assert (config.network.context_dim, config.conditioner.tokenizer.name_or_path) == (16, str(tiny_clip))
+    assert build(OmegaConf.merge(config.conditioner, {"max_length": 12})).widths(4) == (16, 0, 0)
     config = swapped("conditioner=sdxl", f"conditioner.conditioners.1.encoder.name_or_path={tiny_clip}")
     assert widths(config.network) == (4, 4, 768 + 16, 8 + 6 * 256)
     second = config.conditioner.conditioners[1]
@@ -96,7 +105,7 @@ def test_a_text_encoder_in_a_folder_is_one_override(tiny_clip: Path) -> None:
         (["network=ldm_churches_f8"], "tokens of 768 numbers, the network has context_dim=None"),
         (["network=ldm_imagenet_f4", "conditioner=imagenet_class"], "latents of 4 channels .* has in_channels=3"),
         (["network=sdxl", "conditioner=sdxl", "first_stage=kl_f16"], "latents of 16 channels .* has in_channels=4"),
-        (["network=sd1_inpainting"], "puts 0 beside them; the network has in_channels=9"),
+        (["network=sd1_inpainting"], "the conditioner adds 0; the network has in_channels=9"),
         (["network.in_channels=9"], "Give network.in_channels=4 network.out_channels=4, or another first stage"),
         (["network.context_dim=24"], "the network has context_dim=24"),
         (["network.num_heads=7"], "channels do not split into heads with num_heads=7"),
@@ -133,17 +142,24 @@ def test_published_combinations_fit(overrides: list[str]) -> None:
 
 
 @pytest.mark.parametrize("loss", ["kl", "kl_efficientnet_gan", "kl_lpips_gan", "vq_lpips_gan"])
-@pytest.mark.parametrize(("first_stage", "wanted"), [("kl_f8", (1e-6, True)), ("vq_f4", (1.0, False))])
-def test_the_loss_is_weighed_as_its_bottleneck_asks(loss: str, first_stage: str, wanted: tuple[float, bool]) -> None:
+@pytest.mark.parametrize(("first_stage", "reduction"), [("kl_f8", "sum"), ("vq_f4", "mean")])
+def test_the_loss_is_reduced_as_the_regularizer_asks(loss: str, first_stage: str, reduction: str) -> None:
     path = ["+first_stage_loss.perceptual.network.path=nowhere"] if "lpips" in loss else []
-    given = ["experiment=quickstart", f"first_stage={first_stage}", f"first_stage_loss={loss}", *path]
-    chosen = compose("train", given).first_stage_loss
-    assert (chosen.regularizer_weight, chosen.sum_values) == wanted
+    config = compose(
+        "train", ["experiment=quickstart", f"first_stage={first_stage}", f"first_stage_loss={loss}", *path]
+    )
+    regularizer = build(config.first_stage, "first_stage").regularizer
+    assert config.first_stage_loss.reduction is None and regularizer.reduction == reduction
+    assert first_stage != "kl_f8" or regularizer.kl_weight == 1e-6
 
 
-def test_the_small_picture_is_as_small_as_the_latents() -> None:
-    assert swapped("conditioner=low_resolution", NO_SHEETS).conditioner.factor == 8
-    assert swapped("conditioner=low_resolution", "first_stage=vq_f4", NO_SHEETS).conditioner.factor == 4
+@pytest.mark.parametrize("first_stage", ["kl_f8", "vq_f4"])
+def test_the_small_picture_is_as_small_as_the_latents(first_stage: str) -> None:
+    config = swapped("conditioner=low_resolution", f"first_stage={first_stage}", NO_SHEETS)
+    conditioner, stage = build(config.conditioner), build(config.first_stage)
+    conditioner.bind(stage)
+    picture = torch.zeros(1, 3, 16, 32)
+    assert conditioner({"image": picture}).concat.shape[2:] == stage.encode(picture).shape[2:]
 
 
 @pytest.mark.parametrize(
