@@ -93,7 +93,9 @@ class SamplingJob:
         images = generator.generate(requests, (height, width), batch[0].settings(), self.batch_size, on_steps)
         for picture, image in zip(batch, images, strict=True):
             if not image.isfinite().all():
-                raise UserError(f"{picture.name}: the model made a picture of NaN or infinite numbers; nothing is written")
+                raise UserError(
+                    f"{picture.name}: the model made a picture of NaN or infinite numbers; nothing is written"
+                )
             save_image(image, self.out / picture.name, metadata(picture.knobs, self.origin))
 
     def _request(self, picture: Picture, size: tuple[int, int]) -> Request:

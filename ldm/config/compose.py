@@ -47,7 +47,7 @@ def compose(config_name: str, overrides: Sequence[str]) -> DictConfig:
 def options(group: str) -> list[str]:
     """The options of a config group, in the whole search path."""
     with _initialized():
-        return cast(list[str], GlobalHydra.instance().config_loader().get_group_options(group))
+        return GlobalHydra.instance().config_loader().get_group_options(group)
 
 
 def load_option(group: str, name: str) -> DictConfig:
@@ -170,7 +170,8 @@ def _apply(overrides: list[Override], cfg: DictConfig) -> None:
         _require_knob(cfg, override)
         value = override.value()
         node = _node(cfg, name)
-        if isinstance(node, DictConfig) and not node._is_none() and not node._is_interpolation() and value is not None and not isinstance(value, dict):
+        whole = isinstance(node, DictConfig) and not node._is_none() and not node._is_interpolation()
+        if whole and value is not None and not isinstance(value, dict):
             inside = ", ".join(f"{name}.{key}" for key in list(node)[:4])
             raise UserError(f"{name}={value}: {name} has knobs of its own ({inside}); give one of them, or {name}=null")
         with open_dict(cfg):
@@ -178,15 +179,20 @@ def _apply(overrides: list[Override], cfg: DictConfig) -> None:
 
 
 _apply_overrides = ConfigLoaderImpl._apply_overrides_to_config
-ConfigLoaderImpl.load_configuration = _load  # type: ignore[method-assign]
-ConfigLoaderImpl._apply_overrides_to_config = staticmethod(_apply)  # type: ignore[method-assign, assignment]
+ConfigLoaderImpl.load_configuration = _load  # type: ignore[method-assign, assignment]
+ConfigLoaderImpl._apply_overrides_to_config = staticmethod(_apply)  # type: ignore[method-assign]
 
 
 def _node(cfg: DictConfig, name: str) -> Any:
     """The node with a dotted name, its interpolations as they are; None where there is none."""
     node: Any = cfg
     for part in name.split("."):
-        if not isinstance(node, DictConfig) or node._is_none() or node._is_interpolation() or part not in node._content:
+        if (
+            not isinstance(node, DictConfig)
+            or node._is_none()
+            or node._is_interpolation()
+            or part not in cast(dict[Any, Any], node._content)
+        ):
             return None
         node = node._get_node(part)
     return node
@@ -246,7 +252,7 @@ def _drop_replaced_knobs(cfg: DictConfig, loader: ConfigLoaderImpl) -> None:
 def _drop(node: DictConfig, sources: Sequence[Any]) -> None:
     target, raw = str(node["_target_"]), OmegaConf.to_container(node, resolve=False)
     assert isinstance(raw, dict)
-    for name, value in raw.items():
+    for name in raw:
         shipped = any(name in source and source._get_node(name) == node._get_node(name) for source in sources if source)
         if shipped and not str(name).startswith("_") and not takes(target, str(name)):
             with open_dict(node):
@@ -259,13 +265,13 @@ def _require_distinct_names(cfg: DictConfig, loader: ConfigLoaderImpl) -> None:
         choice = cfg.hydra.runtime.choices.get(group)
         chosen = list(choice) if OmegaConf.is_list(choice) else [choice]
         defined: dict[str, str] = {}
-        for path, content in dict(file for name in chosen if name for file in _files(loader, f"{group}/{name}")).items():
-            for name in content:
-                if str(name) in defined:
-                    raise UserError(
-                        f"{group}.{name}: both {defined[str(name)]}.yaml and {path}.yaml define it; give one another name"
-                    )
-                defined[str(name)] = path
+        files = dict(file for name in chosen if name for file in _files(loader, f"{group}/{name}"))
+        for path, content in files.items():
+            for name in map(str, content):
+                if name in defined:
+                    both = f"{defined[name]}.yaml and {path}.yaml"
+                    raise UserError(f"{group}.{name}: both {both} define it; give one another name")
+                defined[name] = path
 
 
 def _option(loader: ConfigLoaderImpl, path: str) -> DictConfig:
@@ -304,7 +310,8 @@ def _explain(loader: ConfigLoaderImpl, overrides: Sequence[Override], error: Exc
             continue
         if override.package is not None and not override.is_add():
             return f"{override.input_line}: nothing is selected there; give {group}={override.value()}"
-        choices = override.value() if isinstance(override.value(), list) else [override.value()]
+        value: Any = override.value()
+        choices = value if isinstance(value, list) else [value]
         known = loader.get_group_options(group)
         for choice in choices:
             if choice is not None and str(choice) not in known and not repository.config_exists(f"{group}/{choice}"):
