@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from ldm.conditioning import TextConditioner, text_encoder_from_pretrained
 from ldm.config.build import build
 from ldm.config.compose import CONFIGS, compose
 from ldm.networks.controlnet import ControlNet
+from tests.configs.nodes import node
 
 NETWORKS = {
     "sd1": 859_520_964,
@@ -51,13 +51,6 @@ OWN = {"network": {"small"}, "first_stage": {"kl_f4_small", "kl_f8_small"}}  # t
 
 def count(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
-
-
-def node(group: str, name: str) -> DictConfig:
-    overrides = ["experiment=sd1", f"{group}={name}", "run_folder=nowhere", "tokenizer_path=nowhere"]
-    chosen: DictConfig = compose("train", overrides)[group]
-    OmegaConf.resolve(chosen)
-    return chosen
 
 
 @pytest.mark.parametrize(
