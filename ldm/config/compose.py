@@ -27,8 +27,8 @@ from ldm.config.processes import agreed
 from ldm.errors import UserError, nearest
 
 _ROOT = Path(__file__).resolve().parents[1]
-CONFIGS = next(path for path in (_ROOT.parent / "configs", _ROOT / "configs") if (path / "train.yaml").is_file())
-"""The shipped configurations: of the checkout, or inside the installed package."""
+CONFIGS = next(path for path in (_ROOT / "configs", _ROOT.parent / "configs") if (path / "train.yaml").is_file())
+"""The shipped configurations: inside the installed package, or of the checkout."""
 
 OPEN = ("callbacks", "logger", "loss.auxiliary", "evaluation.sets", "data.mixed_with", "metric_options")
 """Mappings whose keys are the user's: names of callbacks, loggers, losses, sets, sources, metrics."""

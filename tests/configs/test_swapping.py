@@ -11,14 +11,15 @@ from ldm.checkpoint import load_tensors
 from ldm.config.build import stages
 from ldm.config.check import build, check
 from ldm.config.compose import compose
-from ldm.config.infer import check_fits
+from ldm.config.infer import check_fit, fill_widths
 from ldm.config.stages import stage_config
 from ldm.errors import UserError
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.networks.unet import UNet
 from ldm.training import curriculum
 
-NO_SHEETS = "samples.every_n_steps=null"
+NO_IMAGES = "callbacks.images=null"
+pytestmark = pytest.mark.usefixtures("hub")
 Widths = tuple[int, int, int | None, int | None]
 
 
@@ -34,9 +35,10 @@ def swapped(*more: str) -> DictConfig:
     ]
     cfg = compose("train", given)
     config = stage_config(cfg, "base", given)
+    fill_widths(config)
+    check_fit(config, list(cfg.curriculum))
     OmegaConf.resolve(config)
-    check(config.tasks[config.task])
-    check_fits(config, list(cfg.curriculum))
+    check(config.task, "task")
     return config
 
 
@@ -74,9 +76,8 @@ def widths(network: Any) -> Widths:
         ("network=small", (4, 4, 768, None)),
     ],
 )
-@pytest.mark.usefixtures("hub")
 def test_the_network_takes_the_widths_of_the_conditioner_and_the_first_stage(override: str, wanted: Widths) -> None:
-    config = swapped(override, *[NO_SHEETS] * (override == "conditioner=low_resolution"))
+    config = swapped(override, *[NO_IMAGES] * (override == "conditioner=low_resolution"))
     with torch.device("meta"):
         conditioner, first_stage = build(config.conditioner), build(config.first_stage)
     latents = first_stage.latent_channels
@@ -133,7 +134,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_built(overrides: list[s
         ["network=ldm_imagenet_f8", "conditioner=imagenet_class", "first_stage=vq_f8"],
         ["network=ldm_unconditional_f4", "conditioner=none", "first_stage=vq_f4"],
         ["network=ldm_churches_f8", "conditioner=none"],
-        ["network=ldm_super_resolution", "conditioner=low_resolution", "first_stage=vq_f4", NO_SHEETS],
+        ["network=ldm_super_resolution", "conditioner=low_resolution", "first_stage=vq_f4", NO_IMAGES],
         ["network=ldm_inpainting", "conditioner=masked_image", "first_stage=vq_f4_noattn"],
     ],
 )
@@ -155,7 +156,7 @@ def test_the_loss_is_reduced_as_the_regularizer_asks(loss: str, first_stage: str
 
 @pytest.mark.parametrize("first_stage", ["kl_f8", "vq_f4"])
 def test_the_small_picture_is_as_small_as_the_latents(first_stage: str) -> None:
-    config = swapped("conditioner=low_resolution", f"first_stage={first_stage}", NO_SHEETS)
+    config = swapped("conditioner=low_resolution", f"first_stage={first_stage}", NO_IMAGES)
     conditioner, stage = build(config.conditioner), build(config.first_stage)
     conditioner.bind(stage)
     picture = torch.zeros(1, 3, 16, 32)
@@ -166,7 +167,7 @@ def test_the_small_picture_is_as_small_as_the_latents(first_stage: str) -> None:
     ("overrides", "told"),
     [
         (["conditioner=clip_l_masked_image", "latents=auto"], r"\(MaskedImage\) is shown the pictures .*latents=null"),
-        (["conditioner=low_resolution"], r"\(LowResolution\) makes nothing of a prompt .*samples.every_n_steps=null"),
+        (["conditioner=low_resolution"], r"\(LowResolution\) makes nothing of a prompt .*callbacks.images=null"),
     ],
 )
 def test_a_conditioner_that_is_shown_pictures_is_refused_where_there_are_none(overrides: list[str], told: str) -> None:
@@ -175,7 +176,7 @@ def test_a_conditioner_that_is_shown_pictures_is_refused_where_there_are_none(ov
 
 
 def launch(shapes: Path, out: Path, *more: str) -> list[str]:
-    given = ["experiment=quickstart", "variant=tiny", f"run_folder={out}", "trainer.enable_progress_bar=false"]
+    given = ["experiment=quickstart", "variant=tiny", f"run_folder={out}", "callbacks.progress=null"]
     return [*given, f"data.train.shards={shapes}/train", f"data.val.shards={shapes}/val", *more]
 
 
