@@ -20,7 +20,6 @@ from ldm.interop.package import Package, Tokenizer
 from ldm.interop.recognise import HEAD_channels
 from ldm.interop.tokenizers import load_tokenizer, tokenizer_files, write_tokenizers
 
-
 # ---------------------------------------------------------------------------------------------------- reading
 
 

@@ -165,7 +165,9 @@ def test_an_early_stop_is_saved_and_goes_on_to_the_same_weights(
 def test_a_time_limit_saves_and_holds_for_the_stage(tiny_shapes: Path, tmp_path: Path) -> None:
     """trainer.max_time is Lightning's Timer, which counts the seconds of all attempts."""
     for limit, stopped in (("milliseconds", True), ("milliseconds", True), ("hours", False)):
-        (stage,), models = launch(tiny_shapes, tmp_path, "stages=[first_stage]", "callbacks.checkpoints.every_n_steps=100")
+        (stage,), models = launch(
+            tiny_shapes, tmp_path, "stages=[first_stage]", "callbacks.checkpoints.every_n_steps=100"
+        )
         job = stage.build(models)
         job.trainer.callbacks.append(Timer({limit: 1}))  # type: ignore[attr-defined]
         with pytest.raises(UserError, match="ended at step 1 of 2: a time") if stopped else nullcontext():
