@@ -148,13 +148,17 @@ def _load(
     validate_sweep_overrides: bool = True,
 ) -> DictConfig:
     """Hydra's `load_configuration`; UserError of one line for what cannot be composed."""
-    parsed = parse(overrides)
+    parsed, values = parse(overrides), _value_keys(config_name)
+    groups = [o.input_line or "" for o in parsed if o.key_or_group not in values or o.is_sweep_override()]
     try:
-        cfg = _load_configuration(loader, config_name, overrides, run_mode, from_shell, validate_sweep_overrides)
+        cfg = _load_configuration(loader, config_name, groups, run_mode, from_shell, validate_sweep_overrides)
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(_explain(loader, parsed, error)) from error
     if config_name is None:
         return cfg
+    rest = [o for o in parsed if o.key_or_group in values and not o.is_sweep_override()]
+    _apply(rest, cfg)
+    cfg.hydra.overrides.task += [o.input_line for o in rest]
     if run_mode is RunMode.MULTIRUN:
         _name_jobs_by_sweep(cfg, parsed)
         for override in parsed:
@@ -164,6 +168,13 @@ def _load(
     _require_distinct_names(cfg, loader)
     _require_no_idle_root_key(cfg, config_name)
     return cfg
+
+
+def _value_keys(config_name: str | None) -> set[str]:
+    """The keys of a command that are values there though a group has the name: `data` of evaluate.py."""
+    if config_name is None:
+        return set()
+    return {key for key in map(str, OmegaConf.load(CONFIGS / f"{config_name}.yaml")) if (CONFIGS / key).is_dir()}
 
 
 def _apply(overrides: list[Override], cfg: DictConfig) -> None:
@@ -233,11 +244,11 @@ def _may_be_added(cfg: DictConfig, known: set[str], name: str) -> bool:
 
 def _require_no_idle_root_key(cfg: DictConfig, config_name: str) -> None:
     """UserError for a key at the top of a configuration that neither the command nor an interpolation reads."""
-    shipped = OmegaConf.load(CONFIGS / f"{config_name}.yaml")
+    shipped = set(map(str, OmegaConf.load(CONFIGS / f"{config_name}.yaml")))
     groups = {path.name for path in CONFIGS.iterdir() if path.is_dir()}
     for name in map(str, cfg):
         if name not in shipped and name not in groups and name != "hydra" and name not in interpolated(cfg):
-            known = {str(key) for key in shipped if key not in ("defaults", "hydra")} | groups
+            known = shipped - {"defaults", "hydra"} | groups
             raise UserError(f"{name}: nothing reads this key; {nearest(name, known)}")
 
 

@@ -80,7 +80,7 @@ def test_the_tiny_variant_trains_every_stage_two_steps(experiment: str, tiny_sha
         f"data.train.shards={tiny_shapes}/train",
         f"data.val.shards={tiny_shapes}/val",
         f"run_folder={tmp_path}",
-        "trainer.enable_progress_bar=false",
+        "callbacks.progress=null",
         "compile=false",
     ]
     curriculum.run(*stages(compose("train", overrides), overrides, tmp_path))

@@ -92,9 +92,7 @@ def save_t5(folder: Path) -> None:
     trainer = trainers.UnigramTrainer(vocab_size=64, special_tokens=special, unk_token="<unk>")
     tokenizer.train_from_iterator(["a red circle above a blue square"] * 5, trainer)
     tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
-    )
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
     fast.save_pretrained(folder)
     config = T5Config(vocab_size=len(fast), d_model=24, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
     T5EncoderModel(config).save_pretrained(folder)
