@@ -239,3 +239,13 @@ def test_the_metric_is_the_users(trained: Path, installed: Path, folder: Path) -
         value = result["metrics"]["saturation"]
         assert 0 <= value["ci_low"] <= value["value"] <= value["ci_high"] <= 1
         assert result["protocol"]["metrics"]["saturation"] == "max - min of RGB, mean over pixels"
+
+
+@pytest.mark.slow
+def test_a_sweep_of_two_processes_a_job_finds_the_users_folder(installed: Path, folder: Path) -> None:
+    done = run("ldm-train", installed, folder, "-m", "experiment=mine_tiny", "stages=[first_stage,base]",
+               "optimizer.lr=1e-3,2e-3", "trainer.devices=2", "trainer.strategy=ddp", "hydra.sweep.dir=sweep")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    models = sorted(str(path.parents[1].relative_to(folder)) for path in (folder / "sweep").rglob("model.json"))
+    jobs = [f"sweep/optimizer.lr={lr}" for lr in ("0.001", "0.002")]
+    assert models == [f"{job}/{stage}" for job in jobs for stage in ("base", "first_stage")]
