@@ -113,7 +113,7 @@ def trained(installed: Path, folder: Path) -> Path:
     """The run of the documented experiment."""
     done = run("ldm-train", installed, folder, "experiment=mine_tiny", "hydra.run.dir=run")
     assert done.returncode == 0, done.stderr
-    assert "ldm-sample --config-dir mine/configs checkpoint=run" in done.stdout
+    assert f"ldm-sample --config-dir mine/configs checkpoint={folder / 'run'} " in done.stdout
     return folder / "run"
 
 
