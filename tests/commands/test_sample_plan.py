@@ -54,7 +54,7 @@ def test_each_line_of_a_file_has_knobs_of_its_own(tmp_path: Path) -> None:
     assert first["sampler"]["_target_"].endswith("DPMPP2M") and first["grid"]["_target_"].endswith("Trailing")
     assert (last["sampler"]["eta"], last["size"], last["guidance_scale"]) == (0.5, [48, 32], 2)
     assert found[0].group() == found[1].group() != found[2].group()
-    assert settings_of(last).guidance.scale == 2.0
+    assert settings_of(last).guidance_scale == 2.0
 
 
 @pytest.mark.parametrize(
@@ -209,9 +209,10 @@ def test_what_the_command_line_says_replaces_what_was_recorded(tmp_path: Path) -
     assert [knobs["seed"] for knobs in found] == [5, 6]
     assert found[0]["prompt"] == "a, ${b}" and found[0]["sampler"] == one.knobs["sampler"] | {"eta": 1}
     assert found[0]["grid"]["_target_"].endswith("Trailing")
-    guidance = settings_of(found[0]).guidance
+    settings = settings_of(found[0])
+    guidance = settings.guidance
     assert isinstance(guidance, Interval) and (guidance.sigma_low, guidance.sigma_high) == (0.1, 5.0)
-    assert guidance.guidance.scale == 2.0
+    assert settings.guidance_scale == 2.0
 
 
 def test_a_picture_without_metadata_is_refused(tmp_path: Path) -> None:
