@@ -3,14 +3,16 @@
 from collections.abc import Sequence
 from math import ceil
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from ldm.errors import UserError
-from ldm.evaluation.evaluate import Row
-from ldm.evaluation.reconstruction import psnr
+
+if TYPE_CHECKING:  # a sheet of samples needs neither metrics nor data
+    from ldm.evaluation.evaluate import Row
 
 SIDE = 144  # pixels at least of a picture on the sheet
 MARGIN = 10
@@ -53,6 +55,8 @@ def paired_grid(originals: Tensor, others: Tensor, path: Path, columns: int = 8)
     """Writes a PNG with the originals [B, 3, H, W] in [0, 1] above the others, and the PSNR of each pair."""
     if originals.shape != others.shape:
         raise UserError(f"originals {list(originals.shape)} and others {list(others.shape)} make no pairs")
+    from ldm.evaluation.reconstruction import psnr
+
     labels = [f"{ratio:.1f} dB" for ratio in psnr(others, originals).tolist()]
     font = ImageFont.load_default(size=FONT_SIZE)
     names, left = ("original", "decoded"), 80
@@ -74,7 +78,7 @@ def paired_grid(originals: Tensor, others: Tensor, path: Path, columns: int = 8)
     save_sheet(sheet, path)
 
 
-def draw_examples(rows: Sequence[Row], folder: Path) -> list[Path]:
+def draw_examples(rows: "Sequence[Row]", folder: Path) -> list[Path]:
     """Write `reconstructions_SET.png`, and `samples_SET_gSCALE.png` with captions for each guidance scale."""
     paths = []
     pictures = {row.set_name: row.examples for row in rows if row.source == "pictures"}
