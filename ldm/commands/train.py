@@ -13,15 +13,14 @@ from ldm.config.command import Invocation, command
 def main(cfg: Any, invocation: Invocation) -> float | None:
     """Runs the curriculum of a composed configuration in Hydra's run folder; the objective, for a sweeper."""
     # Imported here, so that a misspelled knob is answered before Lightning is loaded.
-    from lightning_fabric.utilities.rank_zero import rank_zero_only
-
     from ldm.commands.cache_latents import use_latents
     from ldm.config.build import stages
+    from ldm.config.processes import is_first_rank
     from ldm.training.curriculum import run
 
     planned, finished = stages(cfg, invocation.overrides, invocation.folder, use_latents)
     run(planned, finished)
-    if rank_zero_only.rank > 0:
+    if not is_first_rank():
         return None
     value = _objective(planned[-1].folder, cfg.objective, invocation.folder)
     sys.stdout.write(_summary(invocation, [str(name) for name in cfg.curriculum]))

@@ -8,12 +8,12 @@ from typing import Any, cast
 
 import pytorch_lightning as pl
 import torch
+from lightning_fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pytorch_lightning.accelerators import CPUAccelerator
 from pytorch_lightning.callbacks import Checkpoint
 from pytorch_lightning.loggers import Logger
-from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from ldm.checkpoint import RECORD as CHECKPOINT
 from ldm.config.check import build, check
@@ -161,7 +161,7 @@ def build_job(
         for network in module.compiled_networks():
             network.compile()
     trainer = _trainer(config, module, folder)
-    resolved = cast(DictConfig, deepcopy(config))
+    resolved = deepcopy(config)
     OmegaConf.resolve(resolved)
     resolved.model = resolved.task[module.exported]
     text = OmegaConf.to_yaml(resolved)
@@ -220,11 +220,9 @@ def _built(config: DictConfig, group: str, kind: type) -> list[Any]:
 
 
 def _strategy(trainer: DictConfig, module: TrainingModule) -> Any:
-    """The trainer's strategy; where steps leave parameters unused (a discriminator's turn), DDP has to look for them."""
+    """The trainer's strategy; where steps leave parameters unused (a discriminator's turn), DDP looks for them."""
     several = trainer.devices not in (1, "1") or trainer.num_nodes > 1
     if module.unused_parameters and (trainer.strategy == "ddp" or (trainer.strategy == "auto" and several)):
         log.info("strategy: ddp_find_unused_parameters_true, since each step leaves parameters unused")
         return "ddp_find_unused_parameters_true"
     return trainer.strategy
-
-

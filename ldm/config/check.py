@@ -20,6 +20,16 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from ldm.errors import UserError, nearest
 
 NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+SCALARS: dict[Any, Any] = {bool: bool, int: int, float: int | float, str: str, type(None): type(None), None: type(None)}
+WORDS: dict[Any, str] = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "a text",
+    type(None): "null",
+    None: "null",
+}
+LISTS = (list, tuple, collections.abc.Sequence, collections.abc.Iterable)
 HYDRA_KEYS = {"_target_", "_partial_", "_args_", "_recursive_", "_convert_"}
 
 
@@ -128,7 +138,7 @@ def _check_arguments(node: DictConfig, path: str, supplied: frozenset[str]) -> N
 def _origin(node: DictConfig, name: str, prefix: str) -> str:
     """The knob that a value comes from: the one that an interpolation names, else its own."""
     raw = node._get_node(name)
-    reference = re.fullmatch(r"\$\{([\w.]+)\}", str(raw._value())) if raw is not None else None  # type: ignore[union-attr]
+    reference = re.fullmatch(r"\$\{([\w.]+)\}", str(raw._value())) if raw is not None else None
     return reference[1] if reference else f"{prefix}{name}"
 
 
@@ -138,7 +148,7 @@ def _origin(node: DictConfig, name: str, prefix: str) -> str:
 @cache
 def _hints(target: Callable[..., Any]) -> dict[str, Any]:
     """The annotations of a constructor's or a function's arguments; none where they cannot be read."""
-    function = target.__init__ if inspect.isclass(target) else target  # type: ignore[misc]
+    function = target.__init__ if inspect.isclass(target) else target
     try:
         return typing.get_type_hints(inspect.unwrap(function))
     except (NameError, TypeError, AttributeError):
@@ -149,6 +159,8 @@ def _fits(value: Any, hint: Any) -> bool:
     """Whether a configuration's value may go to an argument with this annotation; what cannot be judged may."""
     if OmegaConf.is_dict(value) and "_target_" in value:
         return True  # an object that is still to be built
+    if hint in SCALARS:
+        return isinstance(value, SCALARS[hint]) and (hint is bool or not isinstance(value, bool))
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         return any(_fits(value, option) for option in arguments)
@@ -156,24 +168,9 @@ def _fits(value: Any, hint: Any) -> bool:
         return value in arguments
     if origin is typing.Annotated:
         return _fits(value, arguments[0])
-    if hint in (None, type(None)):
-        return value is None
-    if hint is bool:
-        return isinstance(value, bool)
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    if hint is str:
-        return isinstance(value, str)
     kind = origin or hint
-    if kind in (list, tuple, collections.abc.Sequence, collections.abc.Iterable):
-        inside = [argument for argument in arguments if argument is not Ellipsis]
-        if not OmegaConf.is_list(value):
-            return False
-        if kind is tuple and Ellipsis not in arguments and inside:
-            return len(value) == len(inside) and all(map(_fits, value, inside))
-        return not inside or all(_fits(item, inside[0]) for item in value)
+    if kind in LISTS:
+        return OmegaConf.is_list(value) and _items_fit(value, kind, arguments)
     if kind in (dict, collections.abc.Mapping):
         return OmegaConf.is_dict(value) and (not arguments or all(_fits(v, arguments[1]) for v in value.values()))
     if inspect.isclass(kind) and isinstance(value, bool | int | float | str):
@@ -181,19 +178,22 @@ def _fits(value: Any, hint: Any) -> bool:
     return True
 
 
+def _items_fit(values: ListConfig, kind: Any, arguments: tuple[Any, ...]) -> bool:
+    if kind is tuple and arguments and Ellipsis not in arguments:
+        return len(values) == len(arguments) and all(map(_fits, values, arguments))
+    return not arguments or all(_fits(item, arguments[0]) for item in values)
+
+
 def _words(hint: Any) -> str:
     """An annotation in words: "a number or null"."""
-    words = {
-        int: "a whole number", float: "a number", bool: "true or false", str: "a text", type(None): "null", None: "null",
-    }  # fmt: skip
-    if hint in words:
-        return words[hint]
+    if hint in WORDS:
+        return WORDS[hint]
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         return " or ".join(dict.fromkeys(_words(option) for option in arguments))
     if origin is typing.Literal:
         return " or ".join(map(repr, arguments))
-    if origin in (list, tuple, collections.abc.Sequence, collections.abc.Iterable):
+    if origin in LISTS:
         if origin is tuple and arguments and Ellipsis not in arguments:
             return f"a list of {len(arguments)}"
         plural = {int: " of whole numbers", float: " of numbers", str: " of texts"}

@@ -14,12 +14,14 @@ from typing import Any, cast
 
 import hydra
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra.core.default_element import ConfigDefault
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException, OverrideParseException
+from hydra.plugins.config_source import ConfigResult
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from ldm.config.check import takes
@@ -27,8 +29,8 @@ from ldm.config.processes import agreed
 from ldm.errors import UserError, nearest
 
 _ROOT = Path(__file__).resolve().parents[1]
-CONFIGS = next(path for path in (_ROOT.parent / "configs", _ROOT / "configs") if (path / "train.yaml").is_file())
-"""The shipped configurations: of the checkout, or inside the installed package."""
+CONFIGS = next(path for path in (_ROOT / "configs", _ROOT.parent / "configs") if (path / "train.yaml").is_file())
+"""The shipped configurations: inside the installed package, or of the checkout."""
 
 OPEN = ("callbacks", "logger", "loss.auxiliary", "evaluation.sets", "data.mixed_with", "metric_options")
 """Mappings whose keys are the user's: names of callbacks, loggers, losses, sets, sources, metrics."""
@@ -47,21 +49,25 @@ def compose(config_name: str, overrides: Sequence[str]) -> DictConfig:
 def options(group: str) -> list[str]:
     """The options of a config group, in the whole search path."""
     with _initialized():
-        return cast(list[str], GlobalHydra.instance().config_loader().get_group_options(group))
+        return GlobalHydra.instance().config_loader().get_group_options(group)
 
 
 def load_option(group: str, name: str) -> DictConfig:
-    """One option of a group as it stands in its file, which has no defaults list; UserError for an unknown one."""
+    """One option of a group: its file, over those of the same group in its defaults list.
+
+    UserError for an unknown one, and for defaults of another group.
+    """
     known = options(group)
     if name not in known:
         raise UserError(f"{group}={name}: there is no such {group}; {nearest(name, known)}")
     with _initialized():
         loader = cast(ConfigLoaderImpl, GlobalHydra.instance().config_loader())
-        found = loader.repository.load_config(f"{group}/{name}")
-    assert found is not None
-    if found.defaults_list:
-        raise UserError(f"{group}/{name}.yaml: an option of {group} cannot have a defaults list; write it out")
-    return cast(DictConfig, OmegaConf.create(OmegaConf.to_container(found.config)))
+        files = dict(_files(loader, f"{group}/{name}"))
+        for path in files:
+            for entry in cast(ConfigResult, loader.repository.load_config(path)).defaults_list or []:
+                if not isinstance(entry, ConfigDefault) or "/" in str(entry.path):
+                    raise UserError(f"{path}.yaml: its defaults list may name options of {group} only; write it out")
+        return cast(DictConfig, OmegaConf.merge({}, *files.values()))
 
 
 @contextmanager
@@ -112,11 +118,14 @@ def with_texts(overrides: Sequence[str], knobs: Sequence[str]) -> list[str]:
 
 
 def names(node: Any, prefix: str = "") -> Iterator[str]:
-    """The dotted names of everything in a configuration."""
-    if isinstance(node, DictConfig) and not node._is_none() and not node._is_missing():
-        for name in node:
+    """The dotted names of everything in a configuration, mappings in lists included (`conditioners.0.dropout`)."""
+    if not OmegaConf.is_config(node) or node._is_none() or node._is_missing() or node._is_interpolation():
+        return
+    for name in node if isinstance(node, DictConfig) else range(len(node)):
+        inner = node._get_node(name)
+        if isinstance(node, DictConfig) or isinstance(inner, DictConfig):
             yield f"{prefix}{name!s}"
-            yield from names(node._get_node(name), f"{prefix}{name!s}.")
+            yield from names(inner, f"{prefix}{name!s}.")
 
 
 def interpolated(node: Any) -> set[str]:
@@ -139,13 +148,17 @@ def _load(
     validate_sweep_overrides: bool = True,
 ) -> DictConfig:
     """Hydra's `load_configuration`; UserError of one line for what cannot be composed."""
-    parsed = parse(overrides)
+    parsed, values = parse(overrides), _value_keys(config_name)
+    groups = [o.input_line or "" for o in parsed if o.key_or_group not in values or o.is_sweep_override()]
     try:
-        cfg = _load_configuration(loader, config_name, overrides, run_mode, from_shell, validate_sweep_overrides)
+        cfg = _load_configuration(loader, config_name, groups, run_mode, from_shell, validate_sweep_overrides)
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(_explain(loader, parsed, error)) from error
     if config_name is None:
         return cfg
+    rest = [o for o in parsed if o.key_or_group in values and not o.is_sweep_override()]
+    _apply(rest, cfg)
+    cfg.hydra.overrides.task += [o.input_line for o in rest]
     if run_mode is RunMode.MULTIRUN:
         _name_jobs_by_sweep(cfg, parsed)
         for override in parsed:
@@ -155,6 +168,13 @@ def _load(
     _require_distinct_names(cfg, loader)
     _require_no_idle_root_key(cfg, config_name)
     return cfg
+
+
+def _value_keys(config_name: str | None) -> set[str]:
+    """The keys of a command that are values there though a group has the name: `data` of evaluate.py."""
+    if config_name is None:
+        return set()
+    return {key for key in map(str, OmegaConf.load(CONFIGS / f"{config_name}.yaml")) if (CONFIGS / key).is_dir()}
 
 
 def _apply(overrides: list[Override], cfg: DictConfig) -> None:
@@ -170,7 +190,8 @@ def _apply(overrides: list[Override], cfg: DictConfig) -> None:
         _require_knob(cfg, override)
         value = override.value()
         node = _node(cfg, name)
-        if isinstance(node, DictConfig) and not node._is_none() and not node._is_interpolation() and value is not None and not isinstance(value, dict):
+        whole = isinstance(node, DictConfig) and not node._is_none() and not node._is_interpolation()
+        if whole and value is not None and not isinstance(value, dict):
             inside = ", ".join(f"{name}.{key}" for key in list(node)[:4])
             raise UserError(f"{name}={value}: {name} has knobs of its own ({inside}); give one of them, or {name}=null")
         with open_dict(cfg):
@@ -178,17 +199,20 @@ def _apply(overrides: list[Override], cfg: DictConfig) -> None:
 
 
 _apply_overrides = ConfigLoaderImpl._apply_overrides_to_config
-ConfigLoaderImpl.load_configuration = _load  # type: ignore[method-assign]
-ConfigLoaderImpl._apply_overrides_to_config = staticmethod(_apply)  # type: ignore[method-assign, assignment]
+ConfigLoaderImpl.load_configuration = _load  # type: ignore[method-assign, assignment]
+ConfigLoaderImpl._apply_overrides_to_config = staticmethod(_apply)  # type: ignore[method-assign]
 
 
 def _node(cfg: DictConfig, name: str) -> Any:
     """The node with a dotted name, its interpolations as they are; None where there is none."""
     node: Any = cfg
     for part in name.split("."):
-        if not isinstance(node, DictConfig) or node._is_none() or node._is_interpolation() or part not in node._content:
+        if not OmegaConf.is_config(node) or node._is_none() or node._is_interpolation():
             return None
-        node = node._get_node(part)
+        key = int(part) if isinstance(node, ListConfig) and part.isdecimal() else part
+        if key not in (range(len(node)) if isinstance(node, ListConfig) else cast(dict[Any, Any], node._content)):
+            return None
+        node = node._get_node(key)
     return node
 
 
@@ -207,7 +231,8 @@ def _may_be_added(cfg: DictConfig, known: set[str], name: str) -> bool:
     room, _, rest = name.partition(".")
     if room == "curriculum":
         stage, _, rest = rest.partition(".")
-        return stage in cfg.curriculum and (rest in known or _may_be_added(cfg, known, rest))
+        in_list = re.search(r"\.\d+(\.|$)", rest)  # lists are replaced as a whole there
+        return stage in cfg.curriculum and not in_list and (rest in known or _may_be_added(cfg, known, rest))
     parent, _, last = name.rpartition(".")
     if any(parent == path or parent.startswith(f"{path}.") for path in OPEN):
         return True
@@ -219,11 +244,11 @@ def _may_be_added(cfg: DictConfig, known: set[str], name: str) -> bool:
 
 def _require_no_idle_root_key(cfg: DictConfig, config_name: str) -> None:
     """UserError for a key at the top of a configuration that neither the command nor an interpolation reads."""
-    shipped = OmegaConf.load(CONFIGS / f"{config_name}.yaml")
+    shipped = set(map(str, OmegaConf.load(CONFIGS / f"{config_name}.yaml")))
     groups = {path.name for path in CONFIGS.iterdir() if path.is_dir()}
     for name in map(str, cfg):
         if name not in shipped and name not in groups and name != "hydra" and name not in interpolated(cfg):
-            known = {str(key) for key in shipped if key not in ("defaults", "hydra")} | groups
+            known = shipped - {"defaults", "hydra"} | groups
             raise UserError(f"{name}: nothing reads this key; {nearest(name, known)}")
 
 
@@ -246,7 +271,7 @@ def _drop_replaced_knobs(cfg: DictConfig, loader: ConfigLoaderImpl) -> None:
 def _drop(node: DictConfig, sources: Sequence[Any]) -> None:
     target, raw = str(node["_target_"]), OmegaConf.to_container(node, resolve=False)
     assert isinstance(raw, dict)
-    for name, value in raw.items():
+    for name in raw:
         shipped = any(name in source and source._get_node(name) == node._get_node(name) for source in sources if source)
         if shipped and not str(name).startswith("_") and not takes(target, str(name)):
             with open_dict(node):
@@ -259,13 +284,13 @@ def _require_distinct_names(cfg: DictConfig, loader: ConfigLoaderImpl) -> None:
         choice = cfg.hydra.runtime.choices.get(group)
         chosen = list(choice) if OmegaConf.is_list(choice) else [choice]
         defined: dict[str, str] = {}
-        for path, content in dict(file for name in chosen if name for file in _files(loader, f"{group}/{name}")).items():
-            for name in content:
-                if str(name) in defined:
-                    raise UserError(
-                        f"{group}.{name}: both {defined[str(name)]}.yaml and {path}.yaml define it; give one another name"
-                    )
-                defined[str(name)] = path
+        files = dict(file for name in chosen if name for file in _files(loader, f"{group}/{name}"))
+        for path, content in files.items():
+            for name in map(str, content):
+                if name in defined:
+                    both = f"{defined[name]}.yaml and {path}.yaml"
+                    raise UserError(f"{group}.{name}: both {both} define it; give one another name")
+                defined[name] = path
 
 
 def _option(loader: ConfigLoaderImpl, path: str) -> DictConfig:
@@ -279,8 +304,8 @@ def _files(loader: ConfigLoaderImpl, path: str) -> Iterator[tuple[str, DictConfi
     if found is None:
         return
     for entry in found.defaults_list or []:
-        name = entry.get_name() if hasattr(entry, "get_name") else None
-        if name and name != "_self_" and type(entry).__name__ == "ConfigDefault":
+        name = entry.get_name() if isinstance(entry, ConfigDefault) else None
+        if name and name != "_self_":
             yield from _files(loader, f"{path.rpartition('/')[0]}/{name}")
     yield path, cast(DictConfig, OmegaConf.create(OmegaConf.to_container(found.config)))
 
@@ -304,7 +329,8 @@ def _explain(loader: ConfigLoaderImpl, overrides: Sequence[Override], error: Exc
             continue
         if override.package is not None and not override.is_add():
             return f"{override.input_line}: nothing is selected there; give {group}={override.value()}"
-        choices = override.value() if isinstance(override.value(), list) else [override.value()]
+        value: Any = override.value()
+        choices = value if isinstance(value, list) else [value]
         known = loader.get_group_options(group)
         for choice in choices:
             if choice is not None and str(choice) not in known and not repository.config_exists(f"{group}/{choice}"):

@@ -36,7 +36,7 @@ def check_devices(trainer: DictConfig) -> None:
     gpus = torch.cuda.device_count()
     wants_gpu = accelerator in ("gpu", "cuda")
     if wants_gpu and not gpus:
-        raise UserError(f"trainer.accelerator={accelerator}: this machine has no GPU that torch can use; give cpu or auto")
+        raise UserError(f"trainer.accelerator={accelerator}: torch finds no GPU on this machine; give cpu or auto")
     if not isinstance(devices, int) or devices < 1:
         return  # "auto", -1, or a list: Lightning's to judge
     on_gpu = wants_gpu or (accelerator == "auto" and gpus > 0)

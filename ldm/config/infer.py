@@ -77,8 +77,8 @@ def check_fit(config: DictConfig, stages: Collection[str]) -> None:
     widths, needs_image, sees_mask, name = conditioner_facts(config)
     if needs_image and config.latents is not None:
         raise UserError(
-            f"latents={config.latents}: the conditioner ({name}) is shown the pictures themselves, which cached latents "
-            "do not have; train from pictures (latents=null)"
+            f"latents={config.latents}: the conditioner ({name}) is shown the pictures, which cached latents do not "
+            "have; train from pictures (latents=null)"
         )
     if needs_image and not sees_mask and config.callbacks.get("images") is not None:
         raise UserError(

@@ -39,6 +39,13 @@ def agreed(name: str, value: str) -> str:
     return _agreed[name]
 
 
+def is_first_rank() -> bool:
+    """Whether this process is rank 0 of the run, however its processes were started."""
+    from lightning_fabric.utilities.rank_zero import rank_zero_only
+
+    return int(getattr(rank_zero_only, "rank", None) or 0) == 0
+
+
 def launched() -> tuple[int, int, int]:
     """(rank, world, local rank) of the processes that torchrun or SLURM started; (0, 1, 0) elsewhere."""
     cluster = _cluster()

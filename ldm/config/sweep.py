@@ -31,7 +31,8 @@ def _table(rows: list[tuple[str, dict[str, Any]]]) -> str:
     column = rows[0][1]["column"]
     highest_first = "psnr" in column
     rows = sorted(rows, key=lambda row: _key(row[1]["value"], highest_first))
-    lines = [("job", column), *((name, "nan" if fact["value"] is None else f"{fact['value']:.6g}") for name, fact in rows)]
+    values = ((name, "nan" if fact["value"] is None else f"{fact['value']:.6g}") for name, fact in rows)
+    lines = [("job", column), *values]
     width = max(len(name) for name, _ in lines)
     head, *body = [f"| {name:<{width}} | {value:>12} |" for name, value in lines]
     return "\n".join([head, f"|{'-' * (width + 2)}|{'-' * 14}|", *body]) + "\n"

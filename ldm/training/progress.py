@@ -78,7 +78,7 @@ class Progress(ProgressBar):
         self._redirected.close()
 
     def _numbers(self, trainer: pl.Trainer, now: float) -> str:
-        """`loss 0.1234, val/loss 0.1300, 145 images/s`; the rate is the mean since the start, untimed blocks left out."""
+        """`loss 0.1234, val/loss 0.1300, 145 images/s`; the rate is the mean since the start."""
         metrics = {name.removeprefix("train/"): value for name, value in trainer.progress_bar_metrics.items()}
         parts = [f"{name} {value:.4g}" for name, value in metrics.items() if isinstance(value, float)]
         batch = getattr(getattr(trainer, "datamodule", None), "global_batch", None)

@@ -10,14 +10,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import ldm.config.compose
+from ldm.checkpoint import fingerprint
 from ldm.evaluation.protocol import digest
+from ldm.interop.model_folder import find_model_folder
 
 ROOT = Path(__file__).parents[2]
 TINY = ["experiment=quickstart", "variant=tiny"]
 
 
-def run(script: str, *arguments: str) -> "subprocess.CompletedProcess[str]":
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+def run(script: str, *arguments: str, code: Path = ROOT) -> "subprocess.CompletedProcess[str]":
+    """A command line; `code` is a folder with packages of the user's own."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{code}"}
     command = [sys.executable, str(ROOT / script), *arguments]
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, check=False)
 
@@ -141,8 +145,26 @@ def test_without_weights_the_other_metrics_are_measured(
     assert "bicubic antialias to 128" in protocol["metrics"]["Kernel(efficientnet-lite0)"]
     assert "32x32" in protocol["reference"] and len(protocol["prompts"]) == 64 and len(protocol["weights"]) == 16
     assert {"python", "torch", "ldm", "transformers"} <= protocol["versions"].keys()
+    folder = find_model_folder(trained, "diffusion")  # the weights of the record are the averages that were evaluated
+    assert protocol["weights"] == fingerprint(folder.weights("ema")) != folder.record["fingerprint"]
     content = {name: samples[name] for name in ("format", "protocol", "metrics")}
     assert samples["provenance"] == digest(content)
+
+
+@pytest.mark.skipif(not hasattr(ldm.config.compose, "load_option"), reason="groups are looked up in configs/ alone")
+def test_a_metric_of_ones_own_is_a_class_and_a_file(trained: Path, tmp_path: Path) -> None:
+    blocks = (ROOT / "docs" / "evaluate.md").read_text().split("```")
+    code = next(block for block in blocks if block.startswith("python\n# mine.py")).removeprefix("python\n")
+    node = next(block for block in blocks if "_target_: mine.Brightness" in block).removeprefix("yaml\n")
+    (tmp_path / "configs" / "metric").mkdir(parents=True)
+    (tmp_path / "mine.py").write_text(code)
+    (tmp_path / "configs" / "metric" / "brightness.yaml").write_text(node)
+    done = run("evaluate.py", "--config-dir", str(tmp_path / "configs"), f"checkpoint={trained}", "guidance_scale=1",
+               "n=4", "steps=2", "metrics=[brightness]", f"out={tmp_path}/out", code=tmp_path)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert all(0 < row["metrics"]["brightness"]["value"] < 1 for row in rows)
+    assert "%" in (tmp_path / "out" / "table.md").read_text()
 
 
 def test_a_finished_run_is_not_trained_again(trained: Path, tiny_shapes: Path) -> None:
@@ -173,6 +195,7 @@ def test_two_processes_share_one_run_folder(tiny_shapes: Path, tmp_path: Path) -
         ("sample.py", ["prompt=x"], "checkpoint: not given"),
         ("sample.py", ["checkpoint=/nowhere", "prompt=x", "guidance_scal=2"], "did you mean guidance_scale"),
         ("evaluate.py", ["checkpoint=/nowhere"], "nothing is there"),
+        ("evaluate.py", ["checkpoint=/nowhere", "n=1"], "n=1: expected a whole number, 2 or more"),
     ],
 )
 def test_wrong_input_is_one_message_and_exit_status_1(

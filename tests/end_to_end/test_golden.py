@@ -21,17 +21,17 @@ ROOT = Path(__file__).parents[2]
 GOLDEN = Path(__file__).with_name("golden.json")
 TOLERANCE = 1e-6  # relative
 
-DRAW = ["-m", "ldm.data.shapes", "--train", "16", "--val", "4", "--size", "32", "--per-shard", "8"]
+DRAW = ["-m", "ldm.examples.shapes", "--train", "16", "--val", "4", "--size", "32", "--per-shard", "8"]
 STAGES = ["first_stage", "base", "finetune"]
 COMMON = [
     "variant=tiny",
     "seed=7",
     "compile=false",
     "trainer.val_check_interval=3",
-    "trainer.enable_progress_bar=false",
+    "callbacks.progress=null",
     *(f"curriculum.{stage}.trainer.max_steps=3" for stage in STAGES),
 ]
-FLOAT64 = ["trainer.precision=64-true", "samples.every_n_steps=null"]
+FLOAT64 = ["trainer.precision=64-true", "callbacks.images=null"]
 WARM = ["lr_schedule.num_warmup_steps=1"]
 # A UNet's output layer starts at zero, so after three usual steps the loss hardly depends on the rest of the network.
 FAST = ["optimizer.lr=0.02", "lr_schedule.num_warmup_steps=0"]
@@ -49,8 +49,8 @@ CASES = {
         "prediction=flow",
         "time_density=logit_normal",
         "criterion=huber",
-        "stratified=true",
-        "offset_noise=0.1",
+        "loss.stratified=true",
+        "loss.offset_noise=0.1",
     ],
 }
 
