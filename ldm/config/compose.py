@@ -19,7 +19,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException, OverrideParseException
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from ldm.config.check import takes
@@ -112,11 +112,23 @@ def with_texts(overrides: Sequence[str], knobs: Sequence[str]) -> list[str]:
 
 
 def names(node: Any, prefix: str = "") -> Iterator[str]:
-    """The dotted names of everything in a configuration."""
-    if isinstance(node, DictConfig) and not node._is_none() and not node._is_missing():
-        for name in node:
-            yield f"{prefix}{name!s}"
-            yield from names(node._get_node(name), f"{prefix}{name!s}.")
+    """The dotted names of everything in a configuration; an entry of a list by its number."""
+    for name, child in _children(node).items():
+        yield f"{prefix}{name}"
+        yield from names(child, f"{prefix}{name}.")
+
+
+def _children(node: Any) -> dict[str, Any]:
+    """What a mapping or a list holds, by name or number, interpolations as they are; nothing of any other node."""
+    if (
+        not isinstance(node, DictConfig | ListConfig)
+        or node._is_none()
+        or node._is_missing()
+        or node._is_interpolation()
+    ):
+        return {}
+    keys = range(len(node)) if isinstance(node, ListConfig) else list(node)
+    return {str(key): node._get_node(key) for key in keys}
 
 
 def interpolated(node: Any) -> set[str]:
@@ -187,14 +199,7 @@ def _node(cfg: DictConfig, name: str) -> Any:
     """The node with a dotted name, its interpolations as they are; None where there is none."""
     node: Any = cfg
     for part in name.split("."):
-        if (
-            not isinstance(node, DictConfig)
-            or node._is_none()
-            or node._is_interpolation()
-            or part not in cast(dict[Any, Any], node._content)
-        ):
-            return None
-        node = node._get_node(part)
+        node = _children(node).get(part)
     return node
 
 
@@ -219,6 +224,8 @@ def _may_be_added(cfg: DictConfig, known: set[str], name: str) -> bool:
         return True
     if parent and room not in known and (CONFIGS / room).is_dir():
         return True  # a group at null: the knob changes what a stage or a model brings, and is checked there
+    if last == "_target_" and "." in parent and _may_be_added(cfg, known, parent):
+        return True  # an object for an argument that the YAML leaves out
     node = _node(cfg, parent) if parent else None
     return isinstance(node, DictConfig) and "_target_" in node and takes(str(node["_target_"]), last)
 

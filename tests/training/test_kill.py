@@ -125,9 +125,9 @@ def first_stage(tiny_shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 BASE = ["trainer.accumulate_grad_batches=2", "network.dropout=0.1"]
 GAN = [
-    "+first_stage_loss.discriminator._target_=ldm.networks.discriminator.PatchDiscriminator",
-    "+first_stage_loss.discriminator.channels=8",
-    "+first_stage_loss.discriminator.layers=1",
+    "first_stage_loss.discriminator._target_=ldm.networks.discriminator.PatchDiscriminator",
+    "first_stage_loss.discriminator.channels=8",
+    "first_stage_loss.discriminator.layers=1",
 ]
 # checkpoints at 2, 4, 6 and the last step, 7; the newest two are kept
 SCENES = {
@@ -141,7 +141,12 @@ def test_a_killed_run_goes_on_to_the_same_weights(
     stage: str, first_stage: Path, tiny_shapes: Path, tmp_path: Path
 ) -> None:
     more, kills, started = SCENES[stage]
-    more = [*more, f"stages=[{stage}]", f"curriculum.{stage}.trainer.max_steps=7", "callbacks.checkpoints.every_n_steps=2"]
+    more = [
+        *more,
+        f"stages=[{stage}]",
+        f"curriculum.{stage}.trainer.max_steps=7",
+        "callbacks.checkpoints.every_n_steps=2",
+    ]
     more += [f"first_stage_from={first_stage}"] if stage == "base" else []
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     for folder in (whole, killed):
