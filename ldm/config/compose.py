@@ -112,10 +112,11 @@ def with_texts(overrides: Sequence[str], knobs: Sequence[str]) -> list[str]:
 
 
 def names(node: Any, prefix: str = "") -> Iterator[str]:
-    """The dotted names of everything in a configuration; an entry of a list by its number."""
-    for name, child in _children(node).items():
-        yield f"{prefix}{name}"
-        yield from names(child, f"{prefix}{name}.")
+    """The dotted names of everything in a configuration; a list is one thing."""
+    if isinstance(node, DictConfig):
+        for name, child in _children(node).items():
+            yield f"{prefix}{name}"
+            yield from names(child, f"{prefix}{name}.")
 
 
 def _children(node: Any) -> dict[str, Any]:
@@ -206,8 +207,10 @@ def _node(cfg: DictConfig, name: str) -> Any:
 def _require_knob(cfg: DictConfig, override: Override) -> None:
     """UserError for a name that is not in the configuration and that no constructor takes."""
     name, known = override.key_or_group, set(names(cfg))
-    if name in known or _may_be_added(cfg, known, name):
+    if _node(cfg, name) is not None or _may_be_added(cfg, known, name):
         return
+    parent = name.rpartition(".")[0]
+    known |= {f"{parent}.{key}" for key in _children(_node(cfg, parent))}
     groups = [str(path.relative_to(CONFIGS)) for path in CONFIGS.rglob("*") if path.is_dir()]
     known = {knob for knob in known if knob.split(".")[0] != "hydra" and "._" not in knob} | set(groups)
     raise UserError(f"{name}: there is no such knob; {_nearest_knob(name, known)}")
@@ -220,7 +223,7 @@ def _may_be_added(cfg: DictConfig, known: set[str], name: str) -> bool:
         stage, _, rest = rest.partition(".")
         return stage in cfg.curriculum and (rest in known or _may_be_added(cfg, known, rest))
     parent, _, last = name.rpartition(".")
-    if any(parent == path or parent.startswith(f"{path}.") for path in OPEN):
+    if is_open(name):
         return True
     if parent and room not in known and (CONFIGS / room).is_dir():
         return True  # a group at null: the knob changes what a stage or a model brings, and is checked there
@@ -228,6 +231,11 @@ def _may_be_added(cfg: DictConfig, known: set[str], name: str) -> bool:
         return True  # an object for an argument that the YAML leaves out
     node = _node(cfg, parent) if parent else None
     return isinstance(node, DictConfig) and "_target_" in node and takes(str(node["_target_"]), last)
+
+
+def is_open(name: str) -> bool:
+    """Whether a knob is inside of a mapping whose keys are the user's."""
+    return any(name.startswith(f"{path}.") for path in OPEN)
 
 
 def _require_no_idle_root_key(cfg: DictConfig, config_name: str) -> None:
