@@ -62,6 +62,7 @@ def load_option(group: str, name: str) -> DictConfig:
         raise UserError(f"{group}={name}: there is no such {group}; {nearest(name, known)}")
     with _initialized():
         loader = cast(ConfigLoaderImpl, GlobalHydra.instance().config_loader())
+        _require_one_file(loader, f"{group}/{name}")
         files = dict(_files(loader, f"{group}/{name}"))
         for path in files:
             for entry in cast(ConfigResult, loader.repository.load_config(path)).defaults_list or []:
@@ -202,6 +203,9 @@ def _compose(
         for override in parsed:
             if override.is_sweep_override() and not loader.repository.group_exists(override.key_or_group):
                 _require_knob(cfg, override)
+    for group, choice in cfg.hydra.runtime.choices.items():
+        for name in choice if OmegaConf.is_list(choice) else [choice]:
+            _require_one_file(loader, f"{group}/{name}")
     _drop_replaced_knobs(cfg, loader)
     _require_distinct_names(cfg, loader)
     _require_no_idle_root_key(cfg, config_name)
@@ -292,6 +296,14 @@ def _require_no_idle_root_key(cfg: DictConfig, config_name: str) -> None:
         if name not in shipped and name not in groups and name != "hydra" and name not in interpolated(cfg):
             known = shipped - {"defaults", "hydra"} | groups
             raise UserError(f"{name}: nothing reads this key; {nearest(name, known)}")
+
+
+def _require_one_file(loader: ConfigLoaderImpl, path: str) -> None:
+    """UserError where two folders of the search path have an option: one of them would be ignored."""
+    sources = [source for source in loader.repository.get_sources() if source.provider not in ("hydra", "schema")]
+    folders = {os.path.realpath(source.path) for source in sources if source.is_config(path)}
+    if len(folders) > 1:
+        raise UserError(f"{path}.yaml is in {' and in '.join(sorted(folders))}; give one of them another name")
 
 
 def _drop_replaced_knobs(cfg: DictConfig, loader: ConfigLoaderImpl) -> None:

@@ -4,15 +4,19 @@ from collections.abc import Collection
 from typing import Any, cast
 
 import torch
+from hydra.errors import InstantiationException
 from omegaconf import DictConfig, OmegaConf
+from torch import nn
 
 from ldm.conditioning.condition import Widths
 from ldm.conditioning.conditioner import Conditioner
 from ldm.config.check import build
 from ldm.data.loading.fetch import View
+from ldm.diffusion.auxiliary import check_taps
 from ldm.errors import UserError
 from ldm.first_stage.autoencoder import FirstStage
 from ldm.latent_diffusion import check_latents, check_widths
+from ldm.networks.protocol import check_network
 
 AUTO = "auto"
 _widths: dict[str, tuple[Widths, bool, bool, str]] = {}  # of conditioners that were built, by their configuration
@@ -73,13 +77,15 @@ def check_fit(config: DictConfig, stages: Collection[str]) -> None:
     First stage and network are built without memory for it. `stages` are those that a first stage may come from; the
     latents of another model are compared when the parts are loaded.
     """
-    first_stage = cast(FirstStage, _on_meta(config.first_stage, "first_stage"))
+    first_stage = cast(FirstStage, build_on_meta(config.first_stage, "first_stage"))
     configured = config.first_stage_from is None or config.first_stage_from in stages
     if configured and config.data.get("buckets") is None:
         first_stage.check_size(*View.of(config.data.size).size)
     if not refers_to(config, "network"):
         return
-    network = _on_meta(config.network, "network")
+    network = build_on_meta(config.network, "network")
+    check_network(network)
+    _check_taps(config, network)
     widths, needs_image, sees_mask, name = conditioner_facts(config)
     if needs_image and config.latents is not None:
         raise UserError(
@@ -101,6 +107,25 @@ def refers_to(config: DictConfig, part: str) -> bool:
     return f"${{{part}}}" in repr(OmegaConf.to_container(config.task, resolve=False))
 
 
-def _on_meta(node: DictConfig, path: str) -> Any:
-    with torch.device("meta"):
-        return build(node, path)
+def _check_taps(config: DictConfig, network: nn.Module) -> None:
+    """UserError where an auxiliary loss taps what the network does not have."""
+    terms = config.loss.get("auxiliary") if refers_to(config, "loss") else None
+    for name, term in (terms or {}).items():
+        try:
+            check_taps(network, term.get("taps") or () if term is not None else ())
+        except UserError as error:
+            raise UserError(f"loss.auxiliary.{name}.{error}") from error
+
+
+def build_on_meta(node: DictConfig, path: str) -> Any:
+    """The object without memory for its weights, for its shapes.
+
+    Where a constructor needs real numbers (`Tensor.item()`, pretrained weights) the whole object.
+    """
+    try:
+        with torch.device("meta"):
+            return build(node, path)
+    except UserError as error:
+        if isinstance(error.__cause__, InstantiationException):
+            return build(node, path)
+        raise

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ldm.config.check import build, check, locate
 from ldm.config.devices import pick_device
+from ldm.config.infer import build_on_meta
 from ldm.diffusion.schedule import Schedule
 from ldm.errors import UserError, listed
 from ldm.first_stage.autoencoder import FirstStage
@@ -166,8 +167,7 @@ def trained_size(trained: Trained, size: int | Sequence[int] | None) -> tuple[in
 
 def untrained_parts(config: DictConfig) -> tuple[Schedule, FirstStage]:
     """The schedule and the first stage without weights: enough to check sizes and steps before anything is loaded."""
-    with torch.device("meta"):
-        first_stage = build(config.model.first_stage, "model.first_stage")
+    first_stage = build_on_meta(config.model.first_stage, "model.first_stage")
     return build(config.model.denoiser.schedule, "model.denoiser.schedule"), first_stage
 
 
