@@ -2,10 +2,10 @@
 
     python -m benchmarks.steps checkpoint=outputs/quickstart data=validation out=benchmarks/results/steps
 
-One model load, and evaluate.py's own measures, on the same captions and seeds for every point. Each point is a sealed
-result in `out/points/`, made once: a run that was interrupted goes on where it stopped, and a run with more samplers
-or steps adds its own. `out` gets `steps.png` and `steps.md`. All of evaluate.py's knobs may be given, and two more,
-`--samplers` and `--steps`.
+One model load, and evaluate.py's own metrics, on the same captions and seeds for every point. Each point is a
+result with provenance in `out/points/`, made once: an interrupted run resumes where it stopped, and a run with more
+samplers or steps adds its own. `out` gets `steps.png` and `steps.md`. All of evaluate.py's knobs may be given, and two
+more, `--samplers` and `--steps`.
 """
 
 import argparse
@@ -16,9 +16,11 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 from omegaconf import DictConfig
 
-from evaluate import protocol_of
-from ldm.config.build import evaluation_sets, load_trained, measures, pick_device, sampling_settings, trained_size
+from ldm.commands.evaluate import protocol_of, reference_sets, sampling_of
+from ldm.commands.metric_options import build_metrics
 from ldm.config.compose import CONFIGS, compose
+from ldm.config.devices import pick_device
+from ldm.config.trained import load_trained, sampling_settings, trained_size
 from ldm.evaluation.evaluate import Evaluation
 from ldm.evaluation.protocol import Result, Value, require_comparable
 from ldm.generation import Generator
@@ -47,22 +49,23 @@ def measured(overrides: Sequence[str], wanted: Sequence[tuple[str, int]]) -> Ite
     cfg = config_of(overrides, *wanted[0])
     trained = load_trained(cfg.checkpoint, cfg.weights, cfg.device)
     size = trained_size(trained, cfg.size)
-    (reference,) = evaluation_sets(trained, cfg.data, size, cfg.n, cfg.feature_cache)
+    (reference,) = reference_sets(trained.config, cfg, size)
     names = cfg.metrics or trained.config.evaluation.metrics
-    found, _ = measures(names, cfg.metric_options, pick_device(cfg.device))
+    metrics, _ = build_metrics(names, cfg.metric_options, pick_device(cfg.device))
     generator = Generator(trained.model)
     for sampler, steps in wanted:
         cfg = config_of(overrides, sampler, steps)
+        (scale,), sampling = sampling_of(cfg, trained)
         evaluation = Evaluation(
             generator,
-            found,
-            lambda scale, cfg=cfg: sampling_settings(cfg, scale),  # type: ignore[misc]
-            protocol_of(cfg, trained, size),
+            metrics,
+            lambda scale, sampling=sampling: sampling_settings(sampling | {"guidance_scale": scale}),  # type: ignore[misc]
+            protocol_of(cfg, trained, sampling, size),
             cfg.seed,
             cfg.batch_size,
-            cfg.negative_prompt,
+            cfg.negative_prompt or "",
         )
-        yield sampler, steps, evaluation.samples(reference, float(cfg.guidance_scale)).result
+        yield sampler, steps, evaluation.samples(reference, scale).result
 
 
 def told(value: Value, percent: bool) -> str:

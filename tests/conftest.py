@@ -56,6 +56,25 @@ def tiny_clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_t5(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a T5 of random weights, 40 wide, and its tokenizer."""
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    from tests.unigram import save_unigram
+
+    path = tmp_path_factory.mktemp("t5") / "tiny-t5"
+    vocabulary = save_unigram(path, ["a red circle above a blue square", "a blue circle", "a red square"])
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = T5Config(vocab_size=vocabulary, d_model=40, d_kv=8, d_ff=32, num_layers=2, num_heads=2)
+        model = T5ForConditionalGeneration(config)
+        for parameter in model.parameters():  # T5's initial weights are too small to tell inputs apart
+            parameter.data.add_(0.3 * torch.randn_like(parameter))
+    model.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
 def tiny_dinov2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a DINOv2 of random weights and its image processor: 32 px, centre 28 px."""
     from transformers import BitImageProcessorPil, Dinov2Config, Dinov2Model

@@ -1,8 +1,10 @@
 """The generator: text to image, image to image, inpainting both ways, sizes, batches that fit."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from math import prod
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -259,9 +261,9 @@ def test_an_inpainting_model_trains_on_what_it_is_shown() -> None:
     module = DiffusionModule(whole, DiffusionLoss(Uniform(), UniformTimes(), L2()), torch.optim.AdamW)
     pair, none = torch.stack([picture(1), picture(2)]), torch.zeros(2, 2, dtype=torch.int64)
     batch = Batch(pair, {"caption": ["a", "b"]}, none[0], keys("step", count=2), 0, none, none, none[0], 2)
-    loss = module.denoising_loss(batch, conditioning_dropout=True).loss
+    loss = module.denoising_loss(batch, training=True).loss
     hole.whole = 1.0  # now everything is hidden
-    assert not torch.equal(module.denoising_loss(batch, conditioning_dropout=True).loss, loss)
+    assert not torch.equal(module.denoising_loss(batch, training=True).loss, loss)
 
 
 @pytest.mark.parametrize("size", [(32, 32), (48, 32), (36, 44), (20, 64)])
@@ -329,3 +331,22 @@ def test_an_image_is_of_its_request_alone(generator: Generator, batch_size: int 
     for i, alone in enumerate(given):
         torch.testing.assert_close(made[i], one(generator, alone, at(0.5)), rtol=0, atol=1e-5)
     assert prod(made[0].shape) and not torch.equal(made[0], made[1])
+
+
+def test_sizes_that_the_network_cannot_take_are_refused_before_anything_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In generation and in training, for the size of the latents: 12 x 8 of 48 x 32 pixels."""
+
+    def check_size(height: int, width: int) -> None:
+        if (height, width) == (12, 8):
+            raise UserError("patches of 8 do not fit")
+
+    whole = model()
+    monkeypatch.setattr(whole.denoiser.network, "check_size", check_size)
+    monkeypatch.setattr(whole.denoiser.network, "forward", lambda *args, **more: pytest.fail("the network ran"))
+    with pytest.raises(UserError, match="patches of 8"):
+        Generator(whole).batch([request(3)], (48, 32), SETTINGS)
+    module = DiffusionModule(whole, DiffusionLoss(Uniform(), UniformTimes(), L2()), torch.optim.AdamW)
+    for sizes, refused in (([(32, 32)], False), ([(32, 32), (48, 32)], True)):
+        module._trainer = SimpleNamespace(datamodule=SimpleNamespace(sizes=sizes))
+        with pytest.raises(UserError, match="patches of 8") if refused else nullcontext():
+            module.setup("fit")

@@ -1,4 +1,4 @@
-"""The versions beside an output."""
+"""The versions that are written next to an output."""
 
 import json
 import subprocess
@@ -20,7 +20,7 @@ def test_they_tell_packages_commit_and_device(tmp_path: Path) -> None:
     assert found["device"]
 
 
-def test_a_commit_is_told_of_a_checkout_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_a_checkout_has_a_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert module._commit(tmp_path) is None
     (tmp_path / ".git").mkdir()
     answers = {"rev-parse": "a" * 40, "status": ""}

@@ -2,16 +2,13 @@
 
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
-
-import torch
+from typing import Any
 
 from ldm.checkpoint import fingerprint, write_atomic
-from ldm.config.check import build, check
+from ldm.commands.metric_options import build_metrics, not_measured
 from ldm.config.command import Invocation, command
-from ldm.config.compose import load_option, options
 from ldm.config.devices import pick_device
 from ldm.config.trained import (
     Trained,
@@ -21,19 +18,17 @@ from ldm.config.trained import (
     trained_size,
     warn_without_dropout,
 )
-from ldm.errors import UserError, nearest
+from ldm.errors import UserError
 from ldm.evaluation.evaluate import Evaluation, ReferenceSet, Row
-from ldm.evaluation.grids import draw_examples
-from ldm.evaluation.metric import Metric
 from ldm.evaluation.protocol import Protocol
-from ldm.evaluation.report import plot_curves, plot_scales, rows_table, stages_table
+from ldm.evaluation.report import draw_examples, plot_curves, plot_scales, rows_table, stages_table
 from ldm.generation import Generator
 from ldm.interop.model_folder import stage_records
 
 
 @command("evaluate", ("negative_prompt",))
 def main(cfg: Any, invocation: Invocation) -> None:
-    """Writes results with their provenance, one table and the plots into `out`; UserError where a metric is missing."""
+    """Write results with their provenance, one table and the plots into `out`; UserError where a metric is missing."""
     require_whole_numbers(cfg, {"n": 2, "seed": 0, "batch_size": 1})
     trained = load_trained(cfg.checkpoint, cfg.weights, cfg.device)
     scales, sampling = sampling_of(cfg, trained)
@@ -41,6 +36,7 @@ def main(cfg: Any, invocation: Invocation) -> None:
     size = trained_size(trained, cfg.size)
     sets = reference_sets(trained.config, cfg, size)
     names = trained.config.evaluation.metrics if cfg.metrics is None else cfg.metrics
+    names = [names] if isinstance(names, str) else list(names)
     metrics, missing = build_metrics(names, cfg.metric_options, pick_device(cfg.device))
     if not metrics:
         raise UserError(not_measured(missing) or "metrics: none is named; give metrics=[fid,clip_score] or others")
@@ -101,91 +97,28 @@ def protocol_of(cfg: Any, trained: Trained, sampling: Mapping[str, Any], size: t
 def reference_sets(config: Any, cfg: Any, size: tuple[int, int]) -> list[ReferenceSet]:
     """The sets to evaluate on: one of the model's own by name (`data`), other shards, or all of the model's own.
 
-    A set that is null is left out. UserError where there is none, where one cannot be read or has one picture only.
+    A set that is null is left out. UserError where one cannot be read or has fewer than two pictures.
     """
     data, own = cfg.data, {str(name): shards for name, shards in config.evaluation.sets.items() if shards is not None}
-    named = isinstance(data, str) and data in own
-    chosen = own if data is None else {data: own[data]} if named else {"data": data}
+    chosen = own if data is None else {data: own[data]} if isinstance(data, str) and data in own else {"data": data}
+    hint = f"data= takes shards, or one of the model's evaluation sets: {', '.join(own) or 'it has none'}"
     if not chosen:
-        raise UserError("data: the model names no evaluation sets; give data=SHARDS")
+        raise UserError(f"data: not given; {hint}")
     sets = []
     for name, shards in chosen.items():
         try:
             sets.append(ReferenceSet(name, shards, size, cfg.n, cfg.feature_cache))
         except UserError as error:
-            known = nearest(str(data), own) if own else "it has none"
-            hint = f"the model's sets are {', '.join(own)}; choose with data=NAME or data=SHARDS"
-            where = f"data={data}: not a set of the model ({known}), and as shards" if data is not None else ""
-            message = f"{where}: {error}" if not named and where else f"evaluation.sets.{name}: {error}; {hint}"
-            raise UserError(message) from error
+            raise UserError(f"{f'data={data}' if name == 'data' else name}: {error}; {hint}") from error
         if sets[-1].n < 2:
-            raise UserError(f"{name}: it has {sets[-1].n} picture; a distance and an interval need at least 2")
+            raise UserError(f"{name}: a distance and an interval need at least 2 pictures, it has {sets[-1].n}")
         if sets[-1].n < cfg.n:
             sys.stderr.write(f"{name}: all of its {sets[-1].n} pictures are used (n={cfg.n})\n")
     return sets
 
 
-# ------------------------------------------------------------------------------------------------- metrics
-
-
-def build_metrics(names: Sequence[str], changes: Any, device: torch.device) -> tuple[list[Metric], dict[str, str]]:
-    """The metrics of these names (configs/metric), and of those without their weights the reason, by name.
-
-    `changes` are the `metric_options`: by name, what differs from configs/metric where it is not null. UserError for
-    unknown names and knobs, and for options of a metric that is not measured.
-    """
-    known = options("metric")
-    for name in (*names, *changes):
-        if name not in known:
-            raise UserError(f"metrics: there is no metric {name!r}; {nearest(name, known)}")
-    given = {str(name): dict(_leaves(values)) for name, values in changes.items() if values is not None}
-    used = [item for name in names for item in given.get(name, {}).items()]
-    for name, values in given.items():
-        for knob, value in values.items():
-            if (knob, value) not in used and value is not None:  # kid's path is fid's: the same knob and value
-                raise UserError(f"metric_options.{name}.{knob} has no effect: {name} is not in metrics={list(names)}")
-    metrics, missing = [], {}
-    for name in dict.fromkeys(names):
-        node, path = load_option("metric", name), f"metric_options.{name}"
-        node.merge_with(_without_nulls(changes.get(name) or {}))
-        check(node, path)
-        try:
-            metrics.append(cast(Metric, build(node, path)).to(device))
-        except Exception as error:
-            cause = error if isinstance(error, UserError) else error.__cause__
-            if not isinstance(cause, UserError):
-                raise
-            knobs = [f"{path}.{knob}" for knob, _ in _leaves(node) if not knob.endswith("_target_")]
-            missing[name] = str(cause) + (f" ({', '.join(knobs)})" if knobs else "")
-    return metrics, missing
-
-
-def _leaves(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """The dotted names and the values of a nested mapping."""
-    for name, value in node.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
-
-
-def _without_nulls(node: Any) -> Any:
-    """A nested mapping's entries that are not null, as plain data."""
-    if not isinstance(node, Mapping):
-        return node
-    return {name: _without_nulls(value) for name, value in node.items() if value is not None}
-
-
-def not_measured(missing: Mapping[str, str]) -> str:
-    """One line for each metric that could not be measured, with the reason."""
-    return "\n".join(f"{name} was not measured: {reason}" for name, reason in missing.items())
-
-
-# ------------------------------------------------------------------------------------------------- results
-
-
 def write(rows: Sequence[Row], model: Path, out: Path) -> None:
-    """Writes results.json, table.md and the pictures into `out`, and prints the tables and the files' names."""
+    """Write results.json, table.md and the pictures into `out`, and print the tables and the files' names."""
     table = rows_table(rows)
     content = [{"set": row.set_name, "source": row.source, **row.result.to_dict()} for row in rows]
     with write_atomic(out / "results.json") as temporary:

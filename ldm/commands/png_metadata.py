@@ -3,7 +3,6 @@
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cache
 from hashlib import sha256 as sha256_of
 from pathlib import Path
 from typing import Any
@@ -123,7 +122,6 @@ def _checkpoints(guidance: Any) -> Iterator[str]:
             yield from [value] if name == "checkpoint" else _checkpoints(value)
 
 
-@cache
 def _digest_at(checkpoint: str) -> str:
     return _digest(find_model_folder(Path(checkpoint), "diffusion"))
 

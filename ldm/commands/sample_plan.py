@@ -4,6 +4,7 @@ import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from ldm.commands.axes import COMMAND_KNOBS, NAMES, Axes, Cell, read_axes
@@ -87,7 +88,7 @@ def plan(
         for number, (where, line) in enumerate(lines):
             try:
                 knobs = variants.knobs(line, texts)
-                count = _whole("n", line.get("n", n))
+                count = whole_number("n", line.get("n", n))
             except UserError as error:
                 raise UserError(f"{where}{error}") from error
             for seed in range(knobs["seed"], knobs["seed"] + count):
@@ -106,7 +107,7 @@ def _read_lines(cfg: Mapping[str, Any]) -> list[tuple[str, Line]]:
         return [("", {})]
     if cfg["prompt"] is not None:
         raise UserError('give either prompt="..." or prompts=FILE (one prompt a line, or .jsonl)')
-    lines = read_prompts(cfg["prompts"])
+    lines = read_prompts(Path(cfg["prompts"]))
     return [(f"prompts={cfg['prompts']}, prompt {i}: ", line) for i, line in enumerate(lines, 1)]
 
 
@@ -129,7 +130,7 @@ class _Variants:
         """All knobs of a picture: the command's, those of a line of the prompts file, those of a cell of the sheet."""
         for name in cell.keys() & line.keys():
             raise UserError(f"{name} is on an axis of the sheet as well; give it in one place")
-        texts = cell | {name: _text(name, value) for name, value in line.items() if name not in (*IMAGE_KNOBS, "n")}
+        texts = {**cell} | {name: _text(name, value) for name, value in line.items() if name not in (*IMAGE_KNOBS, "n")}
         settings = tuple(f"{name}={text}" for name, text in texts.items() if name not in IMAGE_KNOBS)
         if settings not in self._settings:
             self._settings[settings] = self._compose(settings)
@@ -153,8 +154,8 @@ class _Variants:
         knobs = {name: _text_or_none(knobs[name]) if name in TEXTS else knobs[name] for name in KNOBS}
         knobs["negative_prompt"] = knobs["negative_prompt"] or ""
         _check_inputs(knobs, self.inputs)
-        _whole("seed", knobs["seed"], least=None)
-        steps = _whole("steps", knobs["steps"])
+        whole_number("seed", knobs["seed"], least=None)
+        steps = whole_number("steps", knobs["steps"])
         if knobs["strength"] is None:
             knobs["strength"] = 1.0 if self.inputs.needs_image else STRENGTH
         for name in ("guidance_scale", "strength"):
@@ -178,7 +179,7 @@ def _text_or_none(value: Any) -> str | None:
 
 
 def _check_inputs(knobs: Knobs, inputs: ModelInputs) -> None:
-    """Raise UserError where a text or a picture is missing that the model reads, or a text is given that it does not."""
+    """Raise UserError where an input is missing that the model reads, or a text is given that it does not read."""
     if inputs.texts and knobs["prompt"] is None:
         raise UserError(
             f'prompt: not given; this model reads a text ({", ".join(inputs.texts)}): give prompt="..." or prompts=FILE'
@@ -206,7 +207,7 @@ def _text(name: str, value: Any) -> str:
     return quoted(value) if isinstance(value, str) else json.dumps(value)
 
 
-def _whole(name: str, value: Any, least: int | None = 1) -> int:
+def whole_number(name: str, value: Any, least: int | None = 1) -> int:
     """A whole number, at least `least`; UserError for anything else."""
     if type(value) is not int:
         raise UserError(f"{name}={value!r}: expected a whole number")

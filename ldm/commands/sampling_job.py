@@ -22,7 +22,7 @@ from ldm.commands.png_metadata import (
     refuse_overwriting,
     require_same_model,
 )
-from ldm.commands.sample_plan import Picture, plan
+from ldm.commands.sample_plan import Picture, plan, whole_number
 from ldm.config.devices import devices_of
 from ldm.config.trained import load_trained, model_inputs, open_trained, warn_without_dropout
 from ldm.errors import UserError
@@ -93,15 +93,13 @@ class SamplingJob:
         images = generator.generate(requests, (height, width), batch[0].settings(), self.batch_size, on_steps)
         for picture, image in zip(batch, images, strict=True):
             if not image.isfinite().all():
-                raise UserError(
-                    f"{picture.name}: the model made a picture of NaN or infinite numbers; nothing is written"
-                )
+                raise UserError(f"{picture.name}: the picture has NaN or infinite numbers; it is not written")
             save_image(image, self.out / picture.name, metadata(picture.knobs, self.origin))
 
     def _request(self, picture: Picture, size: tuple[int, int]) -> Request:
         knobs = picture.knobs
         source = read_init_image(knobs["init_image"], knobs["mask"], size)
-        texts, negative = (dict.fromkeys(self.texts, knobs[name]) for name in ("prompt", "negative_prompt"))
+        texts, negative = ({text: str(knobs[name]) for text in self.texts} for name in ("prompt", "negative_prompt"))
         return Request(texts, knobs["seed"], negative, source.image, source.mask)
 
 
@@ -131,7 +129,7 @@ def sample(cfg: Mapping[str, Any], overrides: Sequence[str]) -> str:
         refuse_overwriting(pictures, origin, out)
     warn_without_dropout(config, [picture.knobs["guidance_scale"] for picture in pictures])
 
-    batch_size = None if cfg["batch_size"] == "auto" else cfg["batch_size"]
+    batch_size = None if cfg["batch_size"] == "auto" else whole_number("batch_size", cfg["batch_size"])
     job = SamplingJob(origin, model_inputs(config).texts, batch_size, out)
     with tqdm(total=sum(picture.steps for picture in pictures), unit="step", desc="sampling") as bar:
         job.run(pictures, devices, bar.update)

@@ -87,9 +87,8 @@ def tokenizer_from_pretrained(
         except (OSError, ValueError, TypeError) as error:
             raise _not_loaded("tokenizer", name_or_path, subfolder, TOKENIZER) from error
     vocabulary = tokenizer.get_vocab()
-    if (
-        len(vocabulary.keys() - tokenizer.added_tokens_encoder.keys()) <= 1
-    ):  # transformers 5 found no files, and made one
+    # where transformers 5 finds no files it makes a tokenizer of special tokens, and at most one more
+    if len(vocabulary.keys() - tokenizer.added_tokens_encoder.keys()) <= 1:
         raise _not_loaded("tokenizer", name_or_path, subfolder, TOKENIZER)
     if pad_token is not None:
         if pad_token not in vocabulary:

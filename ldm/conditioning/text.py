@@ -8,7 +8,6 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, PreTrainedModel, PreTrainedTokenizerFast
-from transformers.modeling_outputs import BaseModelOutput
 
 from ldm.checkpoint import fingerprint
 from ldm.conditioning.condition import Condition, Widths
@@ -17,16 +16,8 @@ from ldm.errors import UserError
 
 log = logging.getLogger(__name__)
 
-FINAL_NORMS = (
-    "final_layer_norm",
-    "encoder.final_layer_norm",
-    "norm",
-    "language_model.norm",
-    "final_norm",
-    "final_layernorm",
-    "ln_f",
-)
-"""The names of the norm after the last layer: CLIP, T5, Llama and its kin, Gemma 3, ModernBERT, Phi, GPT-2."""
+FINAL_NORMS = "final_layer_norm", "encoder.final_layer_norm", "norm", "language_model.norm", "final_norm", "ln_f"
+"""The names of the norm after the last layer: CLIP, T5, Llama and its kin, Gemma 3, ModernBERT, GPT-2."""
 
 
 class TextConditioner(Conditioner):
@@ -131,7 +122,14 @@ class TextConditioner(Conditioner):
         attention = {"attention_mask": words.long()} if self.mask and not self.is_clip else {}
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
             output = self.encoder(input_ids=ids, output_hidden_states=True, **attention)
-            states, vector = self._states(output), self._vector(output, ids)
+            states, vector = output.last_hidden_state, None  # [B, L, D]
+            if self.layer < -1 or not self.final_norm:
+                states = output.hidden_states[self.layer]  # before the final norm
+                states = self.encoder.get_submodule(str(self.norm_name))(states) if self.final_norm else states
+            if self.pooled:
+                end = (ids == self.tokenizer.eos_token_id).int().argmax(dim=1)  # [B], the first end token
+                vector = output.last_hidden_state[torch.arange(len(ids)), end]
+                vector = vector if self.projection is None else self.projection(vector)
         condition = Condition(tokens=states, mask=words if self.mask else None, vector=vector)
         if not self.zero_empty_embedding:
             return condition
@@ -154,32 +152,14 @@ class TextConditioner(Conditioner):
             row = encoding.ids
             if len(row) > self.max_length:
                 end = row[-1:] if encoding.special_tokens_mask[-1] else []
-                self._count_truncated(len(row))
+                if self.truncated == 0:
+                    message = "a caption of %d tokens is truncated to %d; further ones are counted in `truncated`"
+                    log.warning(message, len(row), self.max_length)
+                self.truncated += 1
                 row = [*row[: self.max_length - len(end)], *end]
             rows[i, : len(row)] = row
             lengths[i] = max(1, len(row))
         return ids, torch.arange(self.max_length) < lengths[:, None]
-
-    def _count_truncated(self, tokens: int) -> None:
-        if self.truncated == 0:
-            message = "a caption of %d tokens is truncated to %d; further ones are counted in `truncated`"
-            log.warning(message, tokens, self.max_length)
-        self.truncated += 1
-
-    def _states(self, output: BaseModelOutput) -> Tensor:
-        """The layer's states [B, L, D]."""
-        if self.layer == -1 and self.final_norm:
-            return cast(Tensor, output.last_hidden_state)
-        states = cast(tuple[Tensor, ...], output.hidden_states)[self.layer]  # before the final norm
-        return cast(Tensor, self.encoder.get_submodule(str(self.norm_name))(states)) if self.final_norm else states
-
-    def _vector(self, output: BaseModelOutput, ids: Tensor) -> Tensor | None:
-        """The pooled state [B, D], or its projection [B, P]; None where it is not asked for."""
-        if not self.pooled:
-            return None
-        end = (ids == self.tokenizer.eos_token_id).int().argmax(dim=1)  # [B], the first end token
-        vector = cast(Tensor, output.last_hidden_state)[torch.arange(len(ids)), end]
-        return vector if self.projection is None else cast(Tensor, self.projection(vector))
 
     @property
     def name(self) -> str:

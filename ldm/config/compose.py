@@ -14,12 +14,14 @@ from typing import Any, cast
 
 import hydra
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra.core.default_element import ConfigDefault
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException, OverrideParseException
+from hydra.plugins.config_source import ConfigResult
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from ldm.config.check import takes
@@ -27,8 +29,8 @@ from ldm.config.processes import agreed
 from ldm.errors import UserError, nearest
 
 _ROOT = Path(__file__).resolve().parents[1]
-CONFIGS = next(path for path in (_ROOT.parent / "configs", _ROOT / "configs") if (path / "train.yaml").is_file())
-"""The shipped configurations: of the checkout, or inside the installed package."""
+CONFIGS = next(path for path in (_ROOT / "configs", _ROOT.parent / "configs") if (path / "train.yaml").is_file())
+"""The shipped configurations: inside the installed package, or of the checkout."""
 
 OPEN = ("callbacks", "logger", "loss.auxiliary", "evaluation.sets", "data.mixed_with", "metric_options")
 """Mappings whose keys are the user's: names of callbacks, loggers, losses, sets, sources, metrics."""
@@ -51,17 +53,21 @@ def options(group: str) -> list[str]:
 
 
 def load_option(group: str, name: str) -> DictConfig:
-    """One option of a group as it stands in its file, which has no defaults list; UserError for an unknown one."""
+    """One option of a group: its file, over those of the same group in its defaults list.
+
+    UserError for an unknown one, and for defaults of another group.
+    """
     known = options(group)
     if name not in known:
         raise UserError(f"{group}={name}: there is no such {group}; {nearest(name, known)}")
     with _initialized():
         loader = cast(ConfigLoaderImpl, GlobalHydra.instance().config_loader())
-        found = loader.repository.load_config(f"{group}/{name}")
-    assert found is not None
-    if found.defaults_list:
-        raise UserError(f"{group}/{name}.yaml: an option of {group} cannot have a defaults list; write it out")
-    return cast(DictConfig, OmegaConf.create(OmegaConf.to_container(found.config)))
+        files = dict(_files(loader, f"{group}/{name}"))
+        for path in files:
+            for entry in cast(ConfigResult, loader.repository.load_config(path)).defaults_list or []:
+                if not isinstance(entry, ConfigDefault) or "/" in str(entry.path):
+                    raise UserError(f"{path}.yaml: its defaults list may name options of {group} only; write it out")
+        return cast(DictConfig, OmegaConf.merge({}, *files.values()))
 
 
 @contextmanager
@@ -112,11 +118,14 @@ def with_texts(overrides: Sequence[str], knobs: Sequence[str]) -> list[str]:
 
 
 def names(node: Any, prefix: str = "") -> Iterator[str]:
-    """The dotted names of everything in a configuration."""
-    if isinstance(node, DictConfig) and not node._is_none() and not node._is_missing():
-        for name in node:
+    """The dotted names of everything in a configuration, mappings in lists included (`conditioners.0.dropout`)."""
+    if not OmegaConf.is_config(node) or node._is_none() or node._is_missing() or node._is_interpolation():
+        return
+    for name in node if isinstance(node, DictConfig) else range(len(node)):
+        inner = node._get_node(name)
+        if isinstance(node, DictConfig) or isinstance(inner, DictConfig):
             yield f"{prefix}{name!s}"
-            yield from names(node._get_node(name), f"{prefix}{name!s}.")
+            yield from names(inner, f"{prefix}{name!s}.")
 
 
 def interpolated(node: Any) -> set[str]:
@@ -198,14 +207,12 @@ def _node(cfg: DictConfig, name: str) -> Any:
     """The node with a dotted name, its interpolations as they are; None where there is none."""
     node: Any = cfg
     for part in name.split("."):
-        if (
-            not isinstance(node, DictConfig)
-            or node._is_none()
-            or node._is_interpolation()
-            or part not in cast(dict[Any, Any], node._content)
-        ):
+        if not OmegaConf.is_config(node) or node._is_none() or node._is_interpolation():
             return None
-        node = node._get_node(part)
+        key = int(part) if isinstance(node, ListConfig) and part.isdecimal() else part
+        if key not in (range(len(node)) if isinstance(node, ListConfig) else cast(dict[Any, Any], node._content)):
+            return None
+        node = node._get_node(key)
     return node
 
 
@@ -224,7 +231,8 @@ def _may_be_added(cfg: DictConfig, known: set[str], name: str) -> bool:
     room, _, rest = name.partition(".")
     if room == "curriculum":
         stage, _, rest = rest.partition(".")
-        return stage in cfg.curriculum and (rest in known or _may_be_added(cfg, known, rest))
+        in_list = re.search(r"\.\d+(\.|$)", rest)  # lists are replaced as a whole there
+        return stage in cfg.curriculum and not in_list and (rest in known or _may_be_added(cfg, known, rest))
     parent, _, last = name.rpartition(".")
     if any(parent == path or parent.startswith(f"{path}.") for path in OPEN):
         return True
@@ -296,8 +304,8 @@ def _files(loader: ConfigLoaderImpl, path: str) -> Iterator[tuple[str, DictConfi
     if found is None:
         return
     for entry in found.defaults_list or []:
-        name = entry.get_name() if hasattr(entry, "get_name") else None
-        if name and name != "_self_" and type(entry).__name__ == "ConfigDefault":
+        name = entry.get_name() if isinstance(entry, ConfigDefault) else None
+        if name and name != "_self_":
             yield from _files(loader, f"{path.rpartition('/')[0]}/{name}")
     yield path, cast(DictConfig, OmegaConf.create(OmegaConf.to_container(found.config)))
 

@@ -83,7 +83,7 @@ def load_state(module: nn.Module, state: Mapping[str, Tensor], origin: str) -> N
     module.load_state_dict(state)
 
 
-def _use_tokenizer(node: DictConfig | ListConfig, path: str, folder: str) -> None:
+def _use_tokenizer(node: Any, path: str, folder: str) -> None:
     """Replace the path of the training run's tokenizer by the model folder's, wherever it stands in a configuration."""
     keys = range(len(node)) if isinstance(node, ListConfig) else list(node)
     for key in keys:

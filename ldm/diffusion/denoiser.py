@@ -32,8 +32,8 @@ class Denoiser(nn.Module):
         self.prediction = prediction
 
     def output(self, z: Tensor, t: Tensor, level: Level, cond: Cond) -> Tensor:
-        """The network's raw output at z [B, C, h, w], times t [B] and their level [B]: float32, shaped like z."""
-        scale = self.prediction.input_scale(level.like(z))
+        """The network's raw output at z [B, C, h, w], times t [B] and their level (shaped like z): float32, like z."""
+        scale = self.prediction.input_scale(level)
         out: Tensor = self.network(z * scale, self.schedule.network_time(t).to(z.device, non_blocking=True), **cond)
         return out.float()
 
@@ -41,8 +41,8 @@ class Denoiser(nn.Module):
         """The estimates under a condition as a function of z and t."""
 
         def denoise(z: Tensor, t: Tensor) -> Denoised:
-            level = self.schedule(t)
+            level = self.schedule(t).like(z)
             out = self.output(z, t, level, cond).to(z.dtype)
-            return self.prediction.solve(z, out, level.like(z))
+            return self.prediction.solve(z, out, level)
 
         return denoise

@@ -1,1 +1,1 @@
-"""What a model's pictures are worth, in numbers that say what they depend on."""
+"""Evaluation: metrics of pictures with intervals and provenance, feature networks, the report."""

@@ -17,11 +17,6 @@ from ldm.evaluation.protocol import Value
 from ldm.evaluation.vision import load_pretrained
 
 
-def preparation(size: int) -> Preparation:
-    """CLIP's: the shorter side to `size` pixels (bicubic, antialias), centre crop (Radford et al. 2021)."""
-    return Preparation(size, (size, size))
-
-
 class CLIPScore(Metric):
     """100 * max(cos(image, caption), 0), the mean over pictures (Hessel et al. 2021, with w = 100).
 
@@ -40,7 +35,7 @@ class CLIPScore(Metric):
         self.model = cast(CLIPModel, load_pretrained(CLIPModel, model))
         self.tokenizer = tokenizer_from_pretrained(model)
         size = cast(int, cast(CLIPVisionConfig, self.model.config.vision_config).image_size)
-        self.preparation = preparation(size)
+        self.preparation = Preparation(size, (size, size))  # bicubic, centre crop (Radford et al. 2021)
         self.max_length: int = cast(CLIPTextConfig, self.model.config.text_config).max_position_embeddings
         self.description = f"{model}@{fingerprint(self.model.state_dict())}, {self.preparation}"
         self.add_state("count", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")

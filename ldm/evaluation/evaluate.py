@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import TypeVar
 
@@ -63,10 +64,9 @@ class ReferenceSet:
         try:
             return fetch(index)
         except BadSample as error:
-            where = f"{self._fetcher.manifest.key(index)} in {self._fetcher.manifest.shard_of(index)}"
-            raise UserError(
-                f"{self.name}: {where} cannot be evaluated on ({error}); repack the set without it"
-            ) from error
+            manifest = self._fetcher.manifest
+            where = f"{self.name}: {manifest.key(index)} in {manifest.shard_of(index)}"
+            raise UserError(f"{where} cannot be evaluated on ({error}); repack the set without it") from error
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ class Evaluation:
         first_stage = self.generator.first_stage
         ratios: list[Tensor] = []
 
-        def made() -> Iterator[Tensor]:
+        def decoded_batches() -> Iterator[Tensor]:
             for images in reference:
                 images = images.to(first_stage.last_layer.device)
                 decoded = first_stage.decode(first_stage.encode(images * 2 - 1)).float()
@@ -120,7 +120,7 @@ class Evaluation:
                 ratios.append(psnr(decoded, images).cpu())
                 yield decoded.cpu()
 
-        row = self._row(reference, "reconstructions", made(), {})
+        row = self._row(reference, "reconstructions", decoded_batches(), {})
         values = torch.cat(ratios)
         half = 1.96 * float(values.std()) / len(values) ** 0.5 if len(values) > 1 else 0.0
         mean = float(values.mean())
@@ -135,15 +135,15 @@ class Evaluation:
             for i, caption in enumerate(reference.captions)
         ]
 
-        def made() -> Iterator[Tensor]:
+        def sampled_batches() -> Iterator[Tensor]:
             name = f"{reference.name}, guidance {scale:g}"
             with tqdm(total=len(requests) * settings.steps, unit="step", desc=name, leave=False) as bar:
                 images = self.generator.generate(requests, reference.size, settings, self.batch_size, bar.update)
-                for batch in _batches(images):
+                while batch := list(islice(images, BATCH)):
                     yield torch.stack(batch)
 
         facts = {"guidance_scale": scale, "steps": settings.steps}
-        return self._row(reference, "samples", made(), facts)
+        return self._row(reference, "samples", sampled_batches(), facts)
 
     def _row(
         self,
@@ -188,15 +188,3 @@ def _joined(parts: Sequence[Mapping[str, T]]) -> dict[str, T]:
     if twice:
         raise UserError(f"two metrics have the name {twice[0]}: measure them one at a time, or rename one of them")
     return {name: value for part in parts for name, value in part.items()}
-
-
-def _batches(images: Iterator[Tensor]) -> Iterator[list[Tensor]]:
-    """The images in lists of BATCH, the last one shorter."""
-    batch: list[Tensor] = []
-    for image in images:
-        batch.append(image)
-        if len(batch) == BATCH:
-            yield batch
-            batch = []
-    if batch:
-        yield batch

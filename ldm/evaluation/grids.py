@@ -9,14 +9,12 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from ldm.errors import UserError
-from ldm.evaluation.evaluate import Row
 from ldm.evaluation.reconstruction import psnr
 
 SIDE = 144  # pixels at least of a picture on the sheet
 MARGIN = 10
 INK = (51, 51, 51)
 FONT_SIZE, LINE = 13, 17  # pixels
-PAIRS = 16  # of an evaluation's reconstructions
 
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
@@ -72,20 +70,6 @@ def paired_grid(originals: Tensor, others: Tensor, path: Path, columns: int = 8)
                 draw.text(at, names[number], fill=INK, font=font, anchor="rm")
         draw.text((x + width // 2, y + 2 * height + 5), labels[place], fill=INK, font=font, anchor="ma")
     save_sheet(sheet, path)
-
-
-def draw_examples(rows: Sequence[Row], folder: Path) -> list[Path]:
-    """Write `reconstructions_SET.png`, and `samples_SET_gSCALE.png` with captions for each guidance scale."""
-    paths = []
-    pictures = {row.set_name: row.examples for row in rows if row.source == "pictures"}
-    for row in rows:
-        if row.source == "reconstructions":
-            paths.append(folder / f"reconstructions_{row.set_name}.png")
-            paired_grid(pictures[row.set_name][:PAIRS], row.examples[:PAIRS], paths[-1])
-        if row.source == "samples":
-            paths.append(folder / f"samples_{row.set_name}_g{row.result.protocol.guidance_scale:g}.png")
-            labelled_grid(list(row.examples), row.captions, paths[-1])
-    return paths
 
 
 def wrap(text: str, font: Font, width: float, most: int = 6) -> list[str]:

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from ldm.evaluation.evaluate import Row
+from ldm.evaluation.grids import labelled_grid, paired_grid
 from ldm.evaluation.protocol import Value, require_comparable
 
 AXES = ("task", "reference", "prompts", "guidance_scale", "steps")
@@ -18,6 +19,7 @@ COLOURS = ("#2f6db3", "#d9772b", "#3a9a5b", "#b0413e", "#7a5ea8", "#6b6b6b")
 INK, FAINT = "#333333", "#dddddd"
 CURVES = ("loss", "reconstruction", "pixel", "perceptual", "psnr")  # that are plotted, train/ and val/ together
 METRICS = "metrics.jsonl"  # of a stage: a JSON object on a line, with "step", "time" and what was logged
+PAIRS = 16  # of an evaluation's reconstructions
 Curve = dict[int, float]  # value at step
 
 
@@ -228,3 +230,17 @@ def _dress(panel: Axes, title: str, xlabel: str) -> None:
     panel.spines[["left", "bottom"]].set_color(FAINT)
     panel.tick_params(which="both", colors=INK, labelsize=8, length=0)
     panel.margins(x=0.04)
+
+
+def draw_examples(rows: Sequence[Row], folder: Path) -> list[Path]:
+    """Write `reconstructions_SET.png`, and `samples_SET_gSCALE.png` with captions for each guidance scale."""
+    paths = []
+    pictures = {row.set_name: row.examples for row in rows if row.source == "pictures"}
+    for row in rows:
+        if row.source == "reconstructions":
+            paths.append(folder / f"reconstructions_{row.set_name}.png")
+            paired_grid(pictures[row.set_name][:PAIRS], row.examples[:PAIRS], paths[-1])
+        if row.source == "samples":
+            paths.append(folder / f"samples_{row.set_name}_g{row.result.protocol.guidance_scale:g}.png")
+            labelled_grid(list(row.examples), row.captions, paths[-1])
+    return paths

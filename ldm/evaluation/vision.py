@@ -18,21 +18,21 @@ Loader: TypeAlias = type[AutoModel] | type[PreTrainedModel]
 def load_pretrained(kind: Loader, source: str, unused: tuple[str, ...] = (), **options: Any) -> nn.Module:
     """A model in evaluation mode, frozen; `unused` are beginnings of names of weights that may be missing.
 
-    UserError where it cannot be had, and where weights are missing, which transformers would draw at random.
+    UserError where it is not available, or lacks weights, which transformers would initialize at random.
     """
     try:
         loaded: Any = kind.from_pretrained(source, output_loading_info=True, **options)
     except (OSError, ValueError) as error:
         raise UserError(not_there(source, error)) from error
-    model, told = loaded
-    missing = sorted(name for name in told["missing_keys"] if not name.startswith(unused))
+    model, loading = loaded
+    missing = sorted(name for name in loading["missing_keys"] if not name.startswith(unused))
     if missing:
         raise UserError(f"{source} lacks {len(missing)} weights of {type(model).__name__}, e.g. {missing[0]}")
     return cast(nn.Module, model.train(False).requires_grad_(False))
 
 
 def not_there(source: str, error: Exception) -> str:
-    """The message for a model that is neither a folder here nor to be had from the hub."""
+    """The message for a model that is neither a folder here nor available from the hub."""
     return (
         f"no model at {source!r}: it is neither a folder with config.json, preprocessor_config.json and "
         "model.safetensors, nor could it be downloaded from the Hugging Face hub under that name (is this machine "
@@ -45,8 +45,8 @@ def not_there(source: str, error: Exception) -> str:
 class VisionFeatures(Features):
     """An output of a vision model, its pictures prepared as its image processor says.
 
-    `source` is a folder that transformers wrote, or a name on the hub; `name` is what the distance is called
-    by, else the source (a folder's own name).
+    `source` is a folder that transformers wrote, or a name on the hub; `name` is the network's name in the label of a
+    distance, by default the source (of a folder its last part).
     """
 
     kind: Loader = AutoModel
@@ -57,10 +57,10 @@ class VisionFeatures(Features):
         super().__init__(self.load(source))
         self.name = name or (Path(source).resolve().name if Path(source).is_dir() else source)
         try:
-            told, _ = ImageProcessingMixin.get_image_processor_dict(source)
+            processor, _ = ImageProcessingMixin.get_image_processor_dict(source)
         except OSError as error:
             raise UserError(not_there(source, error)) from error
-        self.preparation = Preparation.from_processor(told, source)
+        self.preparation = Preparation.from_processor(processor, source)
         self.resize = f"{self.output}, {self.preparation}"
 
     def load(self, source: str) -> nn.Module:

@@ -31,13 +31,13 @@ def _stands(relation: str, first: Seen, second: Seen) -> bool:
 
 
 def _pair(what: Pair, seen: Sequence[Seen]) -> dict[str, bool]:
-    told = {what.colour: what.shape, what.other_colour: what.other_shape}
+    named = {what.colour: what.shape, what.other_colour: what.other_shape}
     painted = {thing.colour: thing for thing in seen}
-    colour = len(seen) == 2 and set(painted) == set(told)
+    colour = len(seen) == 2 and set(painted) == set(named)
     agreed = {
         "colour": colour,
-        "shape": len(seen) == 2 and sorted(told.values()) == sorted(str(thing.shape) for thing in seen),
-        "binding": colour and all(painted[name].shape == shape for name, shape in told.items()),
+        "shape": len(seen) == 2 and sorted(named.values()) == sorted(str(thing.shape) for thing in seen),
+        "binding": colour and all(painted[name].shape == shape for name, shape in named.items()),
         "relation": colour and _stands(what.relation, painted[what.colour], painted[what.other_colour]),
     }
     return agreed | {"all": agreed["binding"] and agreed["relation"]}

@@ -6,82 +6,96 @@ sgm's layout (.safetensors, .ckpt); what it holds is recognised from its content
 
 import argparse
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
 from ldm.errors import UserError
+from ldm.interop import nodes
 from ldm.interop.diffusers_folder import (
     is_diffusers,
     is_first_stage_file,
     read_diffusers,
-    read_first_stage_file,
+    read_first_stage,
     write_diffusers,
 )
-from ldm.interop.model_folder import RECORD, find_any_model_folder, find_model_folder
-from ldm.interop.own_folder import load_tokenizer, package_of, write_own
+from ldm.interop.model_folder import RECORD, ModelFolder, find_any_model_folder, find_model_folder
+from ldm.interop.own_folder import portable, read_model_folder, write_own
 from ldm.interop.package import Package, require_finite
-from ldm.interop.single_file import SD_FACTOR, SDXL_FACTOR, read_single_file, write_single_file
+from ldm.interop.single_file import PREDICTIONS, read_single_file, write_single_file
+from ldm.interop.statistics import SD_FACTOR, SDXL_FACTOR
+from ldm.interop.tokenizers import load_tokenizer
 
 Write = Callable[[Package, Path], None]
 FORMATS: dict[str, Write] = {"diffusers": write_diffusers, "single_file": write_single_file, "ldm": write_own}
 FILE = ".safetensors"
 FILES = (FILE, ".ckpt", ".pt", ".pth", ".bin")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-PREDICTIONS = {"epsilon": "Epsilon", "v": "V"}
 CLIP = "openai/clip-vit-large-patch14"
 OPEN_CLIP_PAD = "!"  # OpenCLIP pads with the token 0, CLIP with the end token
-KEPT = ("first_stage.latent_mean", "first_stage.latent_std")  # float32 whatever the weights are
 
 
 def read(path: Path, weights: str = "ema", prediction: str | None = None, kind: str | None = None) -> Package:
-    """The model at a path, of whatever format; UserError where it is none, or not of `kind`.
+    """The model at a path, of whatever format; UserError where there is none.
 
-    weights: `ema` or `raw`, where both are there. prediction: "epsilon" or "v", for a single file that does not tell.
-    kind: "first_stage" or "diffusion", which of a run's models is meant; None: the last.
+    weights: `ema` or `raw`, where both are there. prediction: "epsilon" or "v", for a single file that does not say it.
+    kind: "first_stage" (which may be the one in a diffusion model) or "diffusion", of a run's models; None: the last.
     """
-    _chosen("weights", weights, ("ema", "raw"))
+    _require("weights", weights, ("ema", "raw"))
     if prediction is not None:
-        _chosen("prediction", prediction, PREDICTIONS)
+        _require("prediction", prediction, PREDICTIONS)
     if not path.exists():
         raise UserError(f"{path}: nothing is there; give a file, a diffusers folder, or a model folder of this project")
-    predicted = PREDICTIONS[prediction] if prediction else None
     try:
-        package = _read(path, weights, predicted, kind)
+        package = _read(path, weights, prediction, kind)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error}") from error
-    if predicted is not None and package.kind == "first_stage":
+    if prediction is not None and package.kind == "first_stage":
         raise UserError(f"--prediction {prediction}: {path} holds a first stage alone, which has no prediction")
-    if predicted is not None and package.architecture.prediction != predicted:
+    if prediction is not None and package.prediction != PREDICTIONS[prediction].__name__:
         raise UserError(
-            f"--prediction {prediction}: {path} says that its UNet predicts {package.architecture.prediction}; leave "
-            "the option away, it is for files that do not tell"
+            f"--prediction {prediction}: {path} says that its UNet predicts {package.prediction}; leave the option "
+            "out, it is for files that do not say it"
         )
-    require_finite(package, str(path))
-    return package
+    require_finite(package)
+    return package.first_stage if kind == "first_stage" else package
 
 
 def _read(path: Path, weights: str, prediction: str | None, kind: str | None) -> Package:
     if path.is_file() and (path.parent / RECORD).is_file():
         raise UserError(f"{path} is a part of the model folder {path.parent}: give the folder")
     if path.is_file():
-        beside = is_first_stage_file(path)
-        return read_first_stage_file(path) if beside else read_single_file(path, weights, prediction)
+        if is_first_stage_file(path):
+            return read_first_stage(path.parent, path)
+        return read_single_file(path, weights, prediction)
     if is_diffusers(path):
         return read_diffusers(path, weights == "raw")
-    folder = find_model_folder(path, kind) if kind else find_any_model_folder(path)
+    folder = _find(path, kind)
     folder.verify()
-    return package_of(folder, weights)
+    return read_model_folder(folder, weights)
 
 
-def _chosen(name: str, given: str, allowed: Sequence[str] | Mapping[str, Any]) -> None:
-    if given not in allowed:
-        raise UserError(f"{name}={given}: expected {' or '.join(allowed)}")
+def _find(path: Path, kind: str | None) -> ModelFolder:
+    """The model folder that is meant; for a first stage also that of the diffusion model that it is in."""
+    if kind is None:
+        return find_any_model_folder(path)
+    try:
+        return find_model_folder(path, kind)
+    except UserError:
+        if kind == "first_stage":
+            with suppress(UserError):
+                return find_model_folder(path, "diffusion")
+        raise
+
+
+def _require(name: str, value: str, allowed: Iterable[str]) -> None:
+    if value not in allowed:
+        raise UserError(f"{name}={value}: expected {' or '.join(allowed)}")
 
 
 def cast(package: Package, dtype: torch.dtype) -> Package:
@@ -89,9 +103,11 @@ def cast(package: Package, dtype: torch.dtype) -> Package:
 
     UserError where a weight is larger than the type's numbers.
     """
+    prefix = nodes.first_stage_prefix(package.model)
+    statistics = {prefix + name for name in nodes.STATISTICS}
 
     def one(name: str, tensor: Tensor) -> Tensor:
-        if not tensor.is_floating_point() or name in KEPT:
+        if not tensor.is_floating_point() or name in statistics:
             return tensor
         most = float(tensor.to(torch.float32).abs().max()) if tensor.numel() else 0.0
         if most > torch.finfo(dtype).max:
@@ -105,35 +121,36 @@ def cast(package: Package, dtype: torch.dtype) -> Package:
 
 def with_tokenizers(package: Package, name_or_path: str) -> Package:
     """The package with a tokenizer for each text encoder, CLIP's where it brings none; OpenCLIP's pad differs."""
-    if len(package.tokenizers) < len(package.architecture.texts):
-        package.tokenizers = [
-            load_tokenizer(name_or_path, pad=OPEN_CLIP_PAD if text.config["act"] == "gelu" else None, most=text.vocab)
-            for text in package.architecture.texts
-        ]
-    return package
-
-
-def with_scale_factor(package: Package, factor: float | None, origin: Path) -> Package:
-    """The package with the latent scale factor that its source does not tell; UserError where it does."""
-    if package.latents_told:
-        if factor is not None:
-            raise UserError(
-                f"--scale-factor {factor}: {origin} says what its latents are normalised by; leave the option away, it "
-                "is for first stages that do not tell"
-            )
+    encoders = [text["encoder"] for text in nodes.texts(package.model).values()]
+    if len(package.tokenizers) == len(encoders):
         return package
+    pads = [OPEN_CLIP_PAD if encoder["act"] == "gelu" else None for encoder in encoders]
+    tokenizers = [
+        load_tokenizer(name_or_path, pad=pad, most=encoder["vocab"])
+        for pad, encoder in zip(pads, encoders, strict=True)
+    ]
+    return replace(package, tokenizers=tokenizers)
+
+
+def with_scale_factor(package: Package, factor: float | None) -> Package:
+    """The package with the latent scale factor that its source does not say; UserError where it does."""
+    if package.has_latent_stats and factor is None:
+        return package
+    if package.has_latent_stats:
+        raise UserError(
+            f"--scale-factor {factor}: {package.origin} says what its latents are normalised by; leave the option out, "
+            "it is for first stages that do not say it"
+        )
     if factor is None:
         note = (
-            f"{origin} does not say what its latents are normalised by: give --scale-factor ({SD_FACTOR} for a first "
-            f"stage of SD 1 or 2, {SDXL_FACTOR} for SDXL's) where OUT has to; 1 stands there now"
+            f"{package.origin} does not say what its latents are normalised by: give --scale-factor ({SD_FACTOR} for "
+            f"a first stage of SD 1 or 2, {SDXL_FACTOR} for SDXL's) where OUT has to; it is 1 now"
         )
-        package.notes.append(note)
-        return package
+        return replace(package, notes=[*package.notes, note])
     if not 0.0 < factor < float("inf"):
         raise UserError(f"--scale-factor {factor}: expected a number above 0")
-    std = torch.full_like(package.state["first_stage.latent_std"], 1.0 / factor)
-    package.latents_told = True
-    return package.with_state({**package.state, "first_stage.latent_std": std})
+    std = torch.full_like(package.state["latent_std"], 1.0 / factor)
+    return replace(package, state={**package.state, "latent_std": std}, has_latent_stats=True)
 
 
 def convert(
@@ -150,13 +167,13 @@ def convert(
 
     UserError where it cannot be, and nothing is written.
     """
-    _chosen("to", to, FORMATS)
+    _require("to", to, FORMATS)
     if dtype is not None:
-        _chosen("dtype", dtype, DTYPES)
+        _require("dtype", dtype, DTYPES)
     _require_free(out, to)
-    package = with_scale_factor(read(source, weights or "ema", prediction), scale_factor, source)
+    package = with_scale_factor(portable(read(source, weights or "ema", prediction)), scale_factor)
     if weights == "ema" and not package.averaged:
-        package.notes.append(f"{source} has one kind of weights alone, which were taken")
+        package.notes.append(f"{source} has one kind of weights alone, which were used")
     if tokenizer is not None and package.tokenizers:
         package.notes.append(f"{source} brings its own tokenizer; {tokenizer} was not used")
     if dtype is not None:
@@ -178,11 +195,11 @@ def _require_free(out: Path, to: str) -> None:
 
 
 def _write(package: Package, out: Path, to: str) -> None:
-    made = [folder for folder in out.parents if not folder.exists()]
+    created = [folder for folder in out.parents if not folder.exists()]
     try:
         FORMATS[to](package, out)
     except (OSError, SafetensorError, UserError) as error:
-        for folder in made:  # the deepest first
+        for folder in created:  # the deepest first
             with suppress(OSError):
                 folder.rmdir()
         if isinstance(error, UserError):
@@ -201,9 +218,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--to", required=True, choices=list(FORMATS), help="the format to write")
     parser.add_argument("--weights", choices=("ema", "raw"), help="which, where there are both (ema)")
     parser.add_argument("--dtype", choices=list(DTYPES), help="of the weights; default: as they are")
-    parser.add_argument("--prediction", choices=list(PREDICTIONS), help="where a file does not tell (SD 2: v)")
+    parser.add_argument("--prediction", choices=list(PREDICTIONS), help="where a file does not say it (SD 2: v)")
     parser.add_argument("--tokenizer", help=f"folder or hub name, where IN brings none ({CLIP})")
-    parser.add_argument("--scale-factor", type=float, help="of the latents, where a first stage does not tell")
+    parser.add_argument("--scale-factor", type=float, help="of the latents, where a first stage does not say it")
     return parser
 
 

@@ -1,21 +1,27 @@
-"""Architectures as the config.json files of a diffusers folder say them."""
+"""Config nodes to and from the config.json files of a diffusers folder."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import json
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ldm.diffusion.prediction import X0, Epsilon, V
+from ldm.diffusion.schedule import Linear, ScaledLinear, ZeroTerminalSNR
 from ldm.errors import UserError
-from ldm.interop.package import Architecture, build_first_stage, one_or_each
+from ldm.first_stage.regularizer import VQRegularizer
+from ldm.interop import nodes
+from ldm.interop.nodes import Node, readable
+from ldm.interop.package import Tokenizer
+from ldm.interop.statistics import SD_FACTOR
 from ldm.networks.attention import head_count
 from ldm.networks.unet import UNet
 
 Config = Mapping[str, Any]
-SCHEDULES = {"ScaledLinear": "scaled_linear", "Linear": "linear"}
-ZERO_TERMINAL = "ZeroTerminalSNR"  # around one of them: diffusers' rescale_betas_zero_snr
-PREDICTIONS = {"Epsilon": "epsilon", "V": "v_prediction", "X0": "sample"}
+SCHEDULES = {"scaled_linear": ScaledLinear, "linear": Linear}
+PREDICTIONS = {"epsilon": Epsilon, "v_prediction": V, "sample": X0}
+UNREADABLE = "is not readable as diffusers writes it"
 # What a UNet of this project cannot be; what is not named in a file is the first value.
 UNET_ALLOWED: dict[str, tuple[Any, ...]] = {
     "act_fn": ("silu", "swish"),
@@ -55,193 +61,187 @@ FIRST_STAGE_ALLOWED: dict[str, tuple[Any, ...]] = {
     "lookup_from_codebook": (False,),
     "norm_type": ("group",),
 }
-TEXT_ALLOWED: dict[str, tuple[Any, ...]] = {"model_type": ("clip_text_model", "clip")}
-SD_FACTOR = 0.18215  # the scaling factor of an autoencoder whose config.json has none, in diffusers
 
 
-def groups_of(module: nn.Module, what: str) -> int:
+def _groups(described: Node) -> int:
     """The one number of groups that all group norms have; UserError where they differ."""
-    found = {part.num_groups for part in module.modules() if isinstance(part, nn.GroupNorm)}
-    if len(found) != 1:
-        raise UserError(f"the {what}'s group norms have {sorted(found)} groups; diffusers has one number for all")
-    return found.pop()
+    with torch.device("meta"):
+        module = nodes.build(described)
+    groups = {part.num_groups for part in module.modules() if isinstance(part, nn.GroupNorm)}
+    if len(groups) != 1:
+        raise UserError(
+            f"the {nodes.class_name(described)}'s group norms have {sorted(groups)} groups; diffusers has one number "
+            "for all"
+        )
+    return int(groups.pop())
+
+
+def _block_types(attended: list[bool], names: tuple[str, str]) -> dict[str, list[str]]:
+    """The names of the blocks with and without attention, down and up."""
+    down = [names[0] if has else names[1] for has in attended]
+    return {"down_block_types": down, "up_block_types": _mirrored(down)}
+
+
+def _attention_levels(config: Config, names: tuple[str, str], origin: str) -> list[bool]:
+    """Which levels have attention; UserError for blocks of other names, or where up is not the mirror of down."""
+    down, up = list(config["down_block_types"]), list(config["up_block_types"])
+    if not set(down) <= set(names) or up != _mirrored(down):
+        raise UserError(f"{origin} has blocks {down} and {up}; expected {list(names)}, mirrored up")
+    return [name == names[0] for name in down]
+
+
+def _mirrored(down: list[str]) -> list[str]:
+    return [name.replace("Down", "Up").replace("Encoder", "Decoder") for name in reversed(down)]
+
+
+def one_or_each(values: list[Any]) -> Any:
+    """A value that all have, else the list."""
+    return values[0] if all(value == values[0] for value in values) else values
+
+
+def _each(value: Any, count: int) -> list[Any]:
+    return list(value) if isinstance(value, list | tuple) else [value] * count
 
 
 # ------------------------------------------------------------------------------------------------------ UNet
 
+UNET_BLOCKS = ("CrossAttnDownBlock2D", "DownBlock2D")
 
-def unet_config(architecture: Architecture, unet: UNet, sample_size: int) -> dict[str, Any]:
+
+def unet_config(model: Node, sample_size: int) -> dict[str, Any]:
     """config.json of `UNet2DConditionModel`; UserError where it has no such UNet."""
-    network = architecture.network or {}
-    if network.get("use_scale_shift_norm") or network.get("resblock_updown") or network["context_dim"] is None:
+    network, numbers = nodes.arguments(model["denoiser"]["network"]), nodes.numbers(model)
+    if network["use_scale_shift_norm"] or network["resblock_updown"] or network["context_dim"] is None:
         raise UserError(
             "diffusers' conditional UNet has neither use_scale_shift_norm nor resblock_updown, and needs tokens"
         )
     widths = [network["model_channels"] * mult for mult in network["channel_mult"]]
-    attended = _each(network["attention_levels"], len(widths))
-    heads = [head_count(width, network.get("num_heads"), network.get("head_channels")) for width in widths]
-    cross = [("CrossAttnDownBlock2D" if yes else "DownBlock2D") for yes in attended]
+    heads = [head_count(width, network["num_heads"], network["head_channels"]) for width in widths]
     config: dict[str, Any] = {
         "_class_name": "UNet2DConditionModel",
         "sample_size": sample_size,
         "in_channels": network["in_channels"],
         "out_channels": network["out_channels"],
         "block_out_channels": widths,
-        "down_block_types": cross,
-        "up_block_types": [name.replace("Down", "Up") for name in reversed(cross)],
+        **_block_types(_each(network["attention_levels"], len(widths)), UNET_BLOCKS),
         "mid_block_type": "UNetMidBlock2DCrossAttn",
         "layers_per_block": network["num_res_blocks"],
         "attention_head_dim": one_or_each(heads),  # diffusers' name for the number of heads
         "transformer_layers_per_block": network["transformer_depth"],
         "cross_attention_dim": network["context_dim"],
-        "use_linear_projection": network.get("use_linear_projection", False),
+        "use_linear_projection": network["use_linear_projection"],
         # SD 2.1's scores overflow in float16 (diffusers' folders of it say so too)
-        "upcast_attention": bool(network.get("use_linear_projection")) and network.get("vector_dim") is None,
-        "norm_num_groups": groups_of(unet, "UNet"),
-        "norm_eps": 1e-5,
-        "act_fn": "silu",
-        "center_input_sample": False,
-        "flip_sin_to_cos": True,
-        "freq_shift": 0,
-        "downsample_padding": 1,
-        "mid_block_scale_factor": 1,
+        "upcast_attention": network["use_linear_projection"] and network["vector_dim"] is None,
+        "norm_num_groups": _groups(model["denoiser"]["network"]),
     }
-    if network.get("vector_dim") is not None:
+    if network["vector_dim"] is not None:
         config |= {"addition_embed_type": "text_time", "projection_class_embeddings_input_dim": network["vector_dim"]}
-        config["addition_time_embed_dim"] = (
-            architecture.numbers[0].get("channels", 256) if architecture.numbers else 256
-        )
+        config["addition_time_embed_dim"] = numbers[0]["channels"] if numbers else 256
     return config
 
 
-def network_arguments(config: Config, origin: str) -> dict[str, Any]:
-    """`UNet`'s arguments; UserError that names what this project's UNet cannot be."""
-    with _understood(origin):
-        return _network_arguments(config, origin)
-
-
-def _network_arguments(config: Config, origin: str) -> dict[str, Any]:
-    refuse_others(config, UNET_ALLOWED, origin)
-    widths = list(config["block_out_channels"])
-    down = list(config["down_block_types"])
-    known = {"CrossAttnDownBlock2D": True, "DownBlock2D": False}
-    mirrored = [name.replace("Down", "Up") for name in reversed(down)]
-    if not set(down) <= set(known) or list(config["up_block_types"]) != mirrored:
-        raise UserError(
-            f"{origin} has blocks {down} and {config['up_block_types']}; expected {list(known)}, mirrored up"
+def unet_node(config: Config, origin: str) -> Node:
+    """The UNet's node; UserError that names what this project's UNet cannot be."""
+    with readable(f"{origin} {UNREADABLE}"):
+        refuse_others(config, UNET_ALLOWED, origin)
+        widths = list(config["block_out_channels"])
+        heads = _each(config.get("num_attention_heads") or config.get("attention_head_dim", 8), len(widths))
+        per_head = {width // count for width, count in zip(widths, heads, strict=True)}
+        same_count = len(set(heads)) == 1
+        if not same_count and len(per_head) > 1:
+            raise UserError(f"{origin} has {heads} heads at {widths} channels: neither one number nor one width")
+        depths = config.get("transformer_layers_per_block", 1)
+        if any(not isinstance(depth, int) for depth in _each(depths, 1)):
+            raise UserError(f"{origin} has transformer_layers_per_block={depths}; expected a number, or one per level")
+        has_vector = config.get("addition_embed_type") is not None
+        return nodes.node(
+            UNet,
+            in_channels=config.get("in_channels", 4),
+            out_channels=config.get("out_channels", 4),
+            model_channels=widths[0],
+            channel_mult=[width // widths[0] for width in widths],
+            num_res_blocks=config.get("layers_per_block", 2),
+            attention_levels=_attention_levels(config, UNET_BLOCKS, origin),
+            num_heads=heads[0] if same_count else None,
+            head_channels=None if same_count else per_head.pop(),
+            context_dim=config["cross_attention_dim"],
+            transformer_depth=depths,
+            use_linear_projection=bool(config.get("use_linear_projection", False)),
+            vector_dim=config.get("projection_class_embeddings_input_dim") if has_vector else None,
+            groups=config.get("norm_num_groups", 32),
         )
-    heads = _each(config.get("num_attention_heads") or config.get("attention_head_dim", 8), len(widths))
-    per_head = {width // count for width, count in zip(widths, heads, strict=True)}
-    if len(set(heads)) > 1 and len(per_head) > 1:
-        raise UserError(f"{origin} has {heads} heads at {widths} channels: neither one number nor one width")
-    alike = len(set(heads)) == 1
-    vector = config.get("projection_class_embeddings_input_dim") if config.get("addition_embed_type") else None
-    depths = config.get("transformer_layers_per_block", 1)
-    if any(not isinstance(depth, int) for depth in _each(depths, 1)):
-        raise UserError(f"{origin} has transformer_layers_per_block={depths}; expected a number, or one per level")
-    return {
-        "in_channels": config.get("in_channels", 4),
-        "out_channels": config.get("out_channels", 4),
-        "model_channels": widths[0],
-        "channel_mult": [width // widths[0] for width in widths],
-        "num_res_blocks": config.get("layers_per_block", 2),
-        "attention_levels": [known[name] for name in down],
-        "num_heads": heads[0] if alike else None,
-        "head_channels": None if alike else per_head.pop(),
-        "context_dim": config["cross_attention_dim"],
-        "transformer_depth": depths,
-        "use_linear_projection": bool(config.get("use_linear_projection", False)),
-        "vector_dim": vector,
-        "groups": config.get("norm_num_groups", 32),
-    }
 
 
 def size_of(config: Config, factor: int) -> tuple[int, int]:
     """(height, width) in pixels that a UNet's configuration says it is for."""
-    side = config.get("sample_size") or 64
-    height, width = side if isinstance(side, list | tuple) else (side, side)
+    height, width = _each(config.get("sample_size") or 64, 2)
     return int(height) * factor, int(width) * factor
 
 
 # ----------------------------------------------------------------------------------------------- first stage
 
+FIRST_STAGE_BLOCKS = ("AttnDownEncoderBlock2D", "DownEncoderBlock2D")
 
-def first_stage_config(architecture: Architecture, statistics: dict[str, Any], sample_size: int) -> dict[str, Any]:
+
+def first_stage_config(first_stage: Node, statistics: dict[str, Any], sample_size: int) -> dict[str, Any]:
     """config.json of `AutoencoderKL` or `VQModel`; `statistics` go in as they are."""
-    arguments = architecture.first_stage
-    encoder, decoder, book = arguments["encoder"], arguments["decoder"], arguments["codebook"]
+    own = nodes.arguments(first_stage)
+    encoder, decoder = nodes.arguments(own["encoder"]), nodes.arguments(own["decoder"])
     same = ("channels", "channel_mult", "num_res_blocks", "mid_attention", "attention_levels", "groups")
-    if any(encoder.get(name) != decoder.get(name) for name in same):
+    if any(encoder[name] != decoder[name] for name in same):
         raise UserError("diffusers' autoencoders have the same levels on both sides; these differ")
-    latent = decoder["in_channels"]
-    if not book and (encoder["out_channels"], arguments["latent_channels"]) != (2 * latent, latent):
+    is_vq, latent = nodes.is_of(own["regularizer"], VQRegularizer), decoder["in_channels"]
+    if not is_vq and (encoder["out_channels"], own["latent_channels"]) != (2 * latent, latent):
         raise UserError(
             f"diffusers' AutoencoderKL has as many latent channels as its decoder takes; this first stage has "
-            f"{arguments['latent_channels']}, its decoder takes {latent}, its encoder gives {encoder['out_channels']}"
+            f"{own['latent_channels']}, its decoder takes {latent}, its encoder gives {encoder['out_channels']}"
         )
-    with torch.device("meta"):
-        groups = groups_of(build_first_stage(arguments), "first stage")
     mult = encoder["channel_mult"]
-    attended = _each(encoder.get("attention_levels") or False, len(mult))
-    down = [("AttnDownEncoderBlock2D" if yes else "DownEncoderBlock2D") for yes in attended]
     config: dict[str, Any] = {
-        "_class_name": "VQModel" if book else "AutoencoderKL",
+        "_class_name": "VQModel" if is_vq else "AutoencoderKL",
         "in_channels": encoder["in_channels"],
         "out_channels": decoder["out_channels"],
         "block_out_channels": [encoder["channels"] * factor for factor in mult],
-        "down_block_types": down,
-        "up_block_types": [name.replace("DownEncoder", "UpDecoder") for name in reversed(down)],
+        **_block_types(_each(encoder["attention_levels"] or False, len(mult)), FIRST_STAGE_BLOCKS),
         "layers_per_block": encoder["num_res_blocks"],
         "latent_channels": latent,
-        "norm_num_groups": groups,
+        "norm_num_groups": _groups(first_stage),
         "act_fn": "silu",
         "sample_size": sample_size,
-        "mid_block_add_attention": encoder.get("mid_attention", True),
+        "mid_block_add_attention": encoder["mid_attention"],
         **statistics,
     }
-    if book:
-        config |= {"num_vq_embeddings": book["entries"], "vq_embed_dim": book["channels"]}
-        if not arguments["quant_conv"]:
+    if is_vq:
+        config |= {"num_vq_embeddings": own["regularizer"]["entries"], "vq_embed_dim": own["regularizer"]["channels"]}
+        if not own["quant_conv"]:
             raise UserError("diffusers' VQModel has convolutions around its codebook; this first stage has none")
-    elif not arguments["quant_conv"]:
+    elif not own["quant_conv"]:
         config |= {"use_quant_conv": False, "use_post_quant_conv": False}
     return config
 
 
-def first_stage_arguments(config: Config, origin: str) -> dict[str, Any]:
-    """`Architecture.first_stage`; UserError for another class of autoencoder."""
-    with _understood(origin):
-        return _first_stage_arguments(config, origin)
-
-
-def _first_stage_arguments(config: Config, origin: str) -> dict[str, Any]:
-    refuse_others({"_class_name": None, **config}, FIRST_STAGE_ALLOWED, origin)
-    widths, down = list(config["block_out_channels"]), list(config["down_block_types"])
-    known = {"AttnDownEncoderBlock2D": True, "DownEncoderBlock2D": False}
-    mirrored = [block.replace("DownEncoder", "UpDecoder") for block in reversed(down)]
-    if not set(down) <= set(known) or list(config["up_block_types"]) != mirrored:
-        raise UserError(
-            f"{origin} has blocks {down} and {config['up_block_types']}; expected {list(known)}, mirrored up"
+def first_stage_node(config: Config, origin: str) -> Node:
+    """The first stage's node; UserError for another class of autoencoder."""
+    with readable(f"{origin} {UNREADABLE}"):
+        refuse_others({"_class_name": None, **config}, FIRST_STAGE_ALLOWED, origin)
+        widths = list(config["block_out_channels"])
+        shared = {
+            "channels": widths[0],
+            "channel_mult": [width // widths[0] for width in widths],
+            "num_res_blocks": config.get("layers_per_block", 1),
+            "mid_attention": config.get("mid_block_add_attention", True),
+            "attention_levels": _attention_levels(config, FIRST_STAGE_BLOCKS, origin),
+            "groups": config.get("norm_num_groups", 32),
+        }
+        is_vq = config["_class_name"] == "VQModel"
+        channels = config.get("latent_channels", 3 if is_vq else 4)
+        return nodes.first_stage(
+            {**shared, "in_channels": config.get("in_channels", 3), "out_channels": channels * (2 - is_vq)},
+            {**shared, "in_channels": channels, "out_channels": config.get("out_channels", 3)},
+            (config.get("vq_embed_dim") or channels) if is_vq else channels,
+            config.get("use_quant_conv", True) and config.get("use_post_quant_conv", True),
+            config.get("num_vq_embeddings", 256) if is_vq else None,
         )
-    is_vq = config["_class_name"] == "VQModel"
-    channels = config.get("latent_channels", 3 if is_vq else 4)
-    shared = {
-        "channels": widths[0],
-        "channel_mult": [width // widths[0] for width in widths],
-        "num_res_blocks": config.get("layers_per_block", 1),
-        "mid_attention": config.get("mid_block_add_attention", True),
-        "attention_levels": [known[block] for block in down],
-        "groups": config.get("norm_num_groups", 32),
-    }
-    latent = (config.get("vq_embed_dim") or channels) if is_vq else channels
-    book = {"entries": config.get("num_vq_embeddings", 256), "channels": latent} if is_vq else None
-    return {
-        "encoder": shared | {"in_channels": config.get("in_channels", 3), "out_channels": channels * (2 - is_vq)},
-        "decoder": shared | {"in_channels": channels, "out_channels": config.get("out_channels", 3)},
-        "codebook": book,
-        "latent_channels": latent,
-        "quant_conv": config.get("use_quant_conv", True) and config.get("use_post_quant_conv", True),
-    }
 
 
 def statistics_of(config: Config, channels: int) -> tuple[Tensor, Tensor]:
@@ -255,27 +255,55 @@ def statistics_of(config: Config, channels: int) -> tuple[Tensor, Tensor]:
     return torch.tensor(mean), (std / factor).float()
 
 
+# ------------------------------------------------------------------------------------------------------ text
+
+
+def text_node(config: Config, tokenizer: Tokenizer, projected: bool, origin: str, **options: Any) -> Node:
+    """The node of a text encoder, with `options` of TextConditioner; `projected`: it has a projection."""
+    config = config.get("text_config", config)
+    refuse_others(config, {"model_type": ("clip_text_model", "clip")}, origin)
+    vocab, positions = config.get("vocab_size", 49408), config.get("max_position_embeddings", 77)
+    encoder = {
+        "hidden_size": config.get("hidden_size", 512),
+        "layers": config.get("num_hidden_layers", 12),
+        "heads": config.get("num_attention_heads", 8),
+        "intermediate": config.get("intermediate_size", 2048),
+        "vocab": vocab,
+        "max_position": positions,
+        "act": config.get("hidden_act", "quick_gelu"),
+        "bos": config.get("bos_token_id", vocab - 2),
+        "eos": config.get("eos_token_id", vocab - 1),
+        "pad": config.get("pad_token_id", vocab - 1),
+    }
+    longest = json.loads(tokenizer.get("tokenizer_config.json", "{}")).get("model_max_length", 77)
+    dim = config.get("projection_dim", 512) if projected else None
+    return nodes.text_conditioner(encoder, dim, max_length=min(int(longest), positions), **options)
+
+
 # -------------------------------------------------------------------------------------------------- schedule
 
 
-def scheduler_config(architecture: Architecture) -> dict[str, Any]:
+def scheduler_config(model: Node) -> dict[str, Any]:
     """scheduler_config.json of a DDIM sampler on the model's schedule; UserError where diffusers has no such one."""
-    zero_terminal = architecture.schedule["kind"] == ZERO_TERMINAL
-    schedule = architecture.schedule["schedule"] if zero_terminal else architecture.schedule
-    kind = schedule["kind"]
-    if kind not in SCHEDULES or architecture.prediction not in PREDICTIONS:
+    schedule, prediction = model["denoiser"]["schedule"], model["denoiser"]["prediction"]
+    zero_terminal = nodes.is_of(schedule, ZeroTerminalSNR)
+    schedule = schedule["schedule"] if zero_terminal else schedule
+    kinds = [theirs for theirs, ours in SCHEDULES.items() if nodes.is_of(schedule, ours)]
+    predictions = [theirs for theirs, ours in PREDICTIONS.items() if nodes.is_of(prediction, ours)]
+    if not kinds or not predictions:
         raise UserError(
-            f"diffusers' Stable Diffusion pipelines have no schedule {kind} with prediction {architecture.prediction}; "
-            f"they have {', '.join(SCHEDULES)} with {', '.join(PREDICTIONS)}"
+            f"diffusers' Stable Diffusion pipelines have no schedule {nodes.class_name(schedule)} with prediction "
+            f"{nodes.class_name(prediction)}; they have {', '.join(SCHEDULES)} with {', '.join(PREDICTIONS)}"
         )
+    betas = nodes.arguments(schedule)
     return {
         "_class_name": "DDIMScheduler",
-        "num_train_timesteps": schedule["steps"],
-        "beta_start": schedule["beta_start"],
-        "beta_end": schedule["beta_end"],
-        "beta_schedule": SCHEDULES[kind],
+        "num_train_timesteps": betas["steps"],
+        "beta_start": betas["beta_start"],
+        "beta_end": betas["beta_end"],
+        "beta_schedule": kinds[0],
         "rescale_betas_zero_snr": zero_terminal,
-        "prediction_type": PREDICTIONS[architecture.prediction],
+        "prediction_type": predictions[0],
         "clip_sample": False,
         "steps_offset": 1,
         # Leading times never reach the last one, where a model without signal there has to begin (Lin et al. 2023);
@@ -285,30 +313,28 @@ def scheduler_config(architecture: Architecture) -> dict[str, Any]:
     }
 
 
-def schedule_of(config: Config, origin: str) -> tuple[dict[str, Any], str]:
-    """(`Architecture.schedule`, prediction) of a scheduler_config.json."""
+def schedule_nodes(config: Config, origin: str) -> tuple[Node, Node]:
+    """(schedule, prediction) of a scheduler_config.json."""
     if not {"beta_schedule", "beta_start", "beta_end"} <= config.keys():
         raise UserError(
             f"{origin} has a {config.get('_class_name')} without beta_schedule, beta_start and beta_end (EDM, flow "
-            f"matching?); known here are {', '.join(SCHEDULES.values())} with both ends"
+            f"matching?); known here are {', '.join(SCHEDULES)} with both ends"
         )
-    kinds = {theirs: ours for ours, theirs in SCHEDULES.items()}
-    predictions = {theirs: ours for ours, theirs in PREDICTIONS.items()}
     kind, prediction = config["beta_schedule"], config.get("prediction_type", "epsilon")
-    if kind not in kinds or prediction not in predictions or config.get("trained_betas") is not None:
+    if kind not in SCHEDULES or prediction not in PREDICTIONS or config.get("trained_betas") is not None:
         raise UserError(
             f"{origin} has beta_schedule {kind!r}, prediction_type {prediction!r}, which are not known here"
         )
     ends = {"beta_start": config["beta_start"], "beta_end": config["beta_end"]}
-    schedule = {"kind": kinds[kind], **ends, "steps": config.get("num_train_timesteps", 1000)}
-    if not config.get("rescale_betas_zero_snr"):
-        return schedule, predictions[prediction]
-    if prediction == "epsilon":
-        raise UserError(
-            f"{origin} has rescale_betas_zero_snr with prediction_type 'epsilon', which is singular at the last time "
-            "(nothing of the picture is left there to compute it from): expected v_prediction or sample"
-        )
-    return {"kind": ZERO_TERMINAL, "schedule": schedule}, predictions[prediction]
+    schedule = nodes.node(SCHEDULES[kind], **ends, steps=config.get("num_train_timesteps", 1000))
+    if config.get("rescale_betas_zero_snr"):
+        if prediction == "epsilon":
+            raise UserError(
+                f"{origin} has rescale_betas_zero_snr with prediction_type 'epsilon', which is singular at the last "
+                "time (no signal is left there to compute it from): expected v_prediction or sample"
+            )
+        schedule = nodes.node(ZeroTerminalSNR, schedule=schedule)
+    return schedule, nodes.node(PREDICTIONS[prediction])
 
 
 def refuse_others(config: Config, allowed: Mapping[str, tuple[Any, ...]], origin: str) -> None:
@@ -318,17 +344,3 @@ def refuse_others(config: Config, allowed: Mapping[str, tuple[Any, ...]], origin
             raise UserError(
                 f"{origin}: {name}={config[name]!r} is not known here (known: {', '.join(map(str, values))})"
             )
-
-
-@contextmanager
-def _understood(origin: str) -> Iterator[None]:
-    """UserError where a configuration lacks what it is read for, or has something else there."""
-    try:
-        yield
-    except (KeyError, TypeError, AttributeError, ZeroDivisionError, IndexError) as error:
-        told = f"it has no {error}" if isinstance(error, KeyError) else str(error)
-        raise UserError(f"{origin} is not readable as diffusers writes it: {told}") from error
-
-
-def _each(value: Any, count: int) -> list[Any]:
-    return list(value) if isinstance(value, list | tuple) else [value] * count

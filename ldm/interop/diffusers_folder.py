@@ -1,7 +1,7 @@
 """The diffusers folder: model_index.json, scheduler, tokenizers, text encoders, unet and vae, in safetensors."""
 
-import json
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,32 +9,25 @@ import torch
 from torch import Tensor
 
 from ldm.checkpoint import write_folder
-from ldm.conditioning.text import clip_text_from_config
+from ldm.conditioning.image import MaskedImage
 from ldm.errors import UserError
+from ldm.first_stage.regularizer import VQRegularizer
 from ldm.interop import diffusers_config as configs
+from ldm.interop import nodes
 from ldm.interop.names import (
     OLD_ATTENTION,
+    ToMappings,
     first_stage_to_diffusers,
     renamed,
     text_to_transformers,
     unet_to_diffusers,
 )
-from ldm.interop.own_folder import tokenizer_files
-from ldm.interop.package import (
-    Architecture,
-    Package,
-    Text,
-    Tokenizer,
-    is_masked,
-    made,
-    require_fitting,
-    shapes_of_first_stage,
-    shapes_of_network,
-    shapes_of_text,
-    taken,
-)
-from ldm.interop.single_file import SCORE, SIZES, TARGET, places
-from ldm.interop.statistics import folded, noted, scale_factor, unfolded
+from ldm.interop.nodes import NETWORK, Node
+from ldm.interop.package import Package, Tokenizer, from_layout, to_layout
+from ldm.interop.recognise import micro_conditioners
+from ldm.interop.single_file import text_places
+from ldm.interop.statistics import fold_latent_stats, scale_factor, stats_metadata, unfold_latent_stats
+from ldm.interop.tokenizers import tokenizer_files
 from ldm.interop.weight_files import (
     MODEL_FILE,
     TEXT_FILE,
@@ -46,7 +39,6 @@ from ldm.interop.weight_files import (
     write_json,
     write_weights,
 )
-from ldm.networks.unet import UNet
 
 VERSION = "0.38.0"  # of diffusers, whose layout this is
 SD, XL = "StableDiffusion", "StableDiffusionXL"
@@ -58,50 +50,53 @@ PIPELINES = tuple(f"{family}{use}Pipeline" for family in (SD, XL) for use in (""
 
 def write_diffusers(package: Package, path: Path, shard_bytes: int = SHARD_bytes) -> None:
     """Writes a package as a diffusers folder (a first stage alone: the folder of its autoencoder), all or nothing."""
-    architecture = package.architecture
-    if architecture.network is None:
+    model = package.model
+    if package.kind == "first_stage":
         with write_folder(path) as building:
             _write_first_stage(package, building, shard_bytes)
         return
-    index = _index(architecture)
-    scheduler = configs.scheduler_config(architecture)
+    index, scheduler = _index(model), configs.scheduler_config(model)
+    suffixes = _suffixes(model)
+    folders: dict[str, tuple[str, ToMappings]] = {NETWORK: ("unet", unet_to_diffusers)}
+    for suffix, prefix in zip(suffixes, nodes.texts(model), strict=True):
+        folders[prefix] = (f"text_encoder{suffix}", partial(text_to_transformers, prefix="text_model."))
+    size = max(package.config["data"]["size"])
     with write_folder(path) as building:
-        for folder in ("scheduler", "unet", "vae"):
+        for folder in ("scheduler", "vae", *(folder for folder, _ in folders.values())):
             (building / folder).mkdir()
         write_json(building / "model_index.json", index)
         write_json(building / "scheduler" / "scheduler_config.json", {**scheduler, "_diffusers_version": VERSION})
         factor = _write_first_stage(package, building / "vae", shard_bytes)
-        with torch.device("meta"):
-            unet = UNet(**architecture.network)
-        config = configs.unet_config(architecture, unet, max(architecture.size) // factor)
+        config = configs.unet_config(model, size // factor)
         write_json(building / "unet" / "config.json", {**config, "_diffusers_version": VERSION})
-        tensors = made(package.part("denoiser.network."), unet_to_diffusers(shapes_of_network(architecture)))
-        write_weights(building / "unet", MODEL_FILE, tensors, shard_bytes)
-        for i, (text, suffix) in enumerate(zip(architecture.texts, _suffixes(architecture), strict=True)):
-            _write_text(
-                building / f"text_encoder{suffix}", package.part(architecture.text_prefix(i)), text, shard_bytes
-            )
-            tokenizer = building / f"tokenizer{suffix}"
-            tokenizer.mkdir()
-            for name, content in package.tokenizers[i].items():
-                (tokenizer / name).write_text(content)
+        for prefix, shapes in nodes.parts(model).items():
+            if prefix in folders:
+                folder, to_mappings = folders[prefix]
+                tensors = to_layout(package.part(prefix), to_mappings(shapes))
+                write_weights(building / folder, MODEL_FILE if folder == "unet" else TEXT_FILE, tensors, shard_bytes)
+        for suffix, text, files in zip(suffixes, nodes.texts(model).values(), package.tokenizers, strict=True):
+            _save_text_config(text, building / f"text_encoder{suffix}")
+            (building / f"tokenizer{suffix}").mkdir()
+            for name, content in files.items():
+                (building / f"tokenizer{suffix}" / name).write_text(content)
 
 
-def _suffixes(architecture: Architecture) -> list[str]:
+def _suffixes(model: Node) -> list[str]:
     """What follows "text_encoder" in the folder's names: the refiner has the second of SDXL's two alone."""
-    if len(architecture.texts) == 2:
+    if len(nodes.texts(model)) == 2:
         return ["", "_2"]
-    return ["_2"] if architecture.numbers else [""]
+    return ["_2"] if nodes.numbers(model) else [""]
 
 
-def _index(architecture: Architecture) -> dict[str, Any]:
-    places(architecture)  # refuses what no pipeline has
-    if architecture.first_stage["codebook"]:
+def _index(model: Node) -> dict[str, Any]:
+    text_places(model)  # refuses what no pipeline has
+    if nodes.is_of(model["first_stage"]["regularizer"], VQRegularizer):
         raise UserError(
             "diffusers' Stable Diffusion pipelines decode with an AutoencoderKL; this model's first stage has a "
             "codebook: give --to single_file, or convert the first stage alone, which is a VQModel there"
         )
-    base = len(architecture.texts) == 2
+    texts, inpaint = list(nodes.texts(model).values()), "Inpaint" if nodes.is_masked(model) else ""
+    base = len(texts) == 2
     parts: dict[str, Any] = {
         "scheduler": ["diffusers", "DDIMScheduler"],
         "unet": ["diffusers", "UNet2DConditionModel"],
@@ -109,18 +104,17 @@ def _index(architecture: Architecture) -> dict[str, Any]:
         "feature_extractor": [None, None],
         "image_encoder": [None, None],
     }
-    if not architecture.numbers:
-        name = f"{SD}{'Inpaint' if architecture.masked else ''}Pipeline"
+    if not nodes.numbers(model):
+        name = f"{SD}{inpaint}Pipeline"
         parts |= {"safety_checker": [None, None], "requires_safety_checker": False}
         parts |= {"text_encoder": ["transformers", "CLIPTextModel"], "tokenizer": ["transformers", "CLIPTokenizer"]}
     else:
-        use = "Inpaint" if architecture.masked else "" if base else "Img2Img"
-        name = f"{XL}{use}Pipeline"
+        name = f"{XL}{inpaint or ('' if base else 'Img2Img')}Pipeline"
         first = (["transformers", "CLIPTextModel"], ["transformers", "CLIPTokenizer"]) if base else ([None] * 2,) * 2
         parts |= {"text_encoder": first[0], "tokenizer": first[1]}
         parts |= {"text_encoder_2": ["transformers", "CLIPTextModelWithProjection"]}
         parts |= {"tokenizer_2": ["transformers", "CLIPTokenizer"]}
-        parts |= {"force_zeros_for_empty_prompt": architecture.texts[-1].zero_empty_embedding}
+        parts |= {"force_zeros_for_empty_prompt": nodes.arguments(texts[-1])["zero_empty_embedding"]}
         if not base:
             parts |= {"requires_aesthetics_score": True}
             parts.pop("image_encoder")
@@ -129,34 +123,37 @@ def _index(architecture: Architecture) -> dict[str, Any]:
 
 def _write_first_stage(package: Package, folder: Path, shard_bytes: int) -> int:
     """Writes an autoencoder's config.json and weights; its downsampling factor."""
-    architecture, state = package.architecture, package.part("first_stage.")
-    own = scale_factor(state["latent_mean"], state["latent_std"])
+    first_stage = package.first_stage
+    state = first_stage.state
+    factor = scale_factor(state["latent_mean"], state["latent_std"])
     metadata: dict[str, str] = {}
-    statistics: dict[str, Any] = {"scaling_factor": own or 1.0} if package.latents_told else {}
-    if own is None and architecture.network is not None:  # the pipelines ask for one factor alone
-        metadata = noted(state)
-        state = folded(state, 1.0)
-    elif own is None:
+    statistics: dict[str, Any] = {"scaling_factor": factor or 1.0} if package.has_latent_stats else {}
+    if factor is None and package.kind == "diffusion":  # the pipelines ask for one factor alone
+        metadata = stats_metadata(state)
+        state = fold_latent_stats(state, 1.0)
+    elif factor is None:
         statistics |= {"latents_mean": state["latent_mean"].tolist(), "latents_std": state["latent_std"].tolist()}
-    factor: int = 2 ** (len(architecture.first_stage["encoder"]["channel_mult"]) - 1)
-    config = configs.first_stage_config(architecture, statistics, max(architecture.size))
+    size = max(package.config.get("data", {"size": [512]})["size"])
+    config = configs.first_stage_config(first_stage.model, statistics, size)
     write_json(folder / "config.json", {**config, "_diffusers_version": VERSION})
-    tensors = made(state, first_stage_to_diffusers(shapes_of_first_stage(architecture)))
+    tensors = to_layout(state, first_stage_to_diffusers(nodes.shapes(first_stage.model)))
     write_weights(folder, MODEL_FILE, tensors, shard_bytes, metadata)
-    return factor
+    return _factor(first_stage.model)
 
 
-def _write_text(folder: Path, state: Mapping[str, Tensor], text: Text, shard_bytes: int) -> None:
+def _factor(first_stage: Node) -> int:
+    """How many times smaller the latents are than the pictures."""
+    return int(2 ** (len(first_stage["encoder"]["channel_mult"]) - 1))
+
+
+def _save_text_config(text: Node, folder: Path) -> None:
     with torch.device("meta"):
-        config = clip_text_from_config(**text.config).config
-    name = "CLIPTextModel"
-    if text.projection_dim is not None:
-        config.projection_dim = text.projection_dim
-        name = "CLIPTextModelWithProjection"
-    config.architectures = [name]
-    folder.mkdir()
+        config = nodes.build(text["encoder"]).config
+    config.architectures = ["CLIPTextModel"]
+    if text.get("projection") is not None:
+        config.projection_dim = text["projection"]["projection_dim"]
+        config.architectures = ["CLIPTextModelWithProjection"]
     config.save_pretrained(folder)
-    write_weights(folder, TEXT_FILE, made(state, text_to_transformers(shapes_of_text(text), text.prefix)), shard_bytes)
 
 
 # ---------------------------------------------------------------------------------------------------- reading
@@ -168,53 +165,52 @@ def is_diffusers(path: Path) -> bool:
 
 
 def read_diffusers(path: Path, raw: bool = False) -> Package:
-    """The model in a diffusers folder, with `raw` weights where it has such beside the averaged ones.
+    """The model in a diffusers folder, with `raw` weights where it has such next to the averaged ones.
 
     UserError where a part is missing, or of a kind that is not known here.
     """
     if not (path / "model_index.json").is_file():
         config = read_json(path / "config.json")
         if config.get("_class_name") in ("AutoencoderKL", "VQModel"):
-            return _read_first_stage(path)
+            return read_first_stage(path)
         what = config.get("_class_name") or ", ".join(config.get("architectures") or ["model"])
         raise UserError(f"{path} holds a {what} alone; give the whole pipeline's folder")
     index = _read_index(path)
-    vae = _read_first_stage(path / "vae")
-    origin = path / "unet"
-    config = read_json(origin / "config.json")
-    network = configs.network_arguments(config, str(origin / "config.json"))
-    schedule, prediction = configs.schedule_of(read_json(path / "scheduler" / "scheduler_config.json"), str(path))
+    first_stage, unet = read_first_stage(path / "vae"), path / "unet"
+    config = read_json(unet / "config.json")
+    network = configs.unet_node(config, str(unet / "config.json"))
+    schedule, prediction = configs.schedule_nodes(read_json(path / "scheduler" / "scheduler_config.json"), str(path))
     suffixes = [suffix for suffix in ("", "_2") if (index.get(f"text_encoder{suffix}") or [None])[0] is not None]
     sdxl = network["vector_dim"] is not None
     if not suffixes or (not sdxl and suffixes != [""]):
         raise UserError(
             f"{path} ({index.get('_class_name')}) has no text encoder as Stable Diffusion's pipelines have it"
         )
+    size = configs.size_of(config, _factor(first_stage.model))
     tokenizers = [_read_tokenizer(path / f"tokenizer{suffix}") for suffix in suffixes]
-    channels = config.get("addition_time_embed_dim") or 256
-    numbers = (*SIZES, SCORE if len(suffixes) == 1 else TARGET) if sdxl else ()
-    factor = 2 ** (len(vae.architecture.first_stage["encoder"]["channel_mult"]) - 1)
-    size = configs.size_of(config, factor)
-    numbers = tuple(_number(number, channels, size) for number in numbers)
-    texts, towers = [], []
-    for suffix, tokenizer in zip(suffixes, tokenizers, strict=True):
-        folder = path / f"text_encoder{suffix}"
-        zeros = bool(index.get("force_zeros_for_empty_prompt", True)) and len(suffixes) == 2
-        given = read_weights(folder, TEXT_FILE)[0]
-        towers.append({name: t for name, t in given.items() if not name.endswith("position_ids")})
-        texts.append(_text(folder, towers[-1], tokenizer, sdxl, suffix == "_2", zeros))
-    first_stage = vae.architecture.first_stage
-    masked = is_masked(first_stage, network)
-    architecture = Architecture(first_stage, network, tuple(texts), numbers, schedule, prediction, size, masked)
-    require_fitting(architecture, str(path))
-    shapes = shapes_of_network(architecture)
-    unet = taken(read_weights(origin, MODEL_FILE, raw)[0], unet_to_diffusers(shapes), shapes, str(origin))
-    state = {f"denoiser.network.{name}": tensor for name, tensor in unet.items()} | vae.state
-    for i, (text, tower) in enumerate(zip(texts, towers, strict=True)):
-        own = shapes_of_text(text)
-        found = taken(tower, text_to_transformers(own, text.prefix), own, str(path / f"text_encoder{suffixes[i]}"))
-        state |= {architecture.text_prefix(i) + name: tensor for name, tensor in found.items()}
-    return Package(architecture, state, tokenizers, averaged=has_raw(origin, MODEL_FILE) and not raw)
+    options: dict[str, Any] = {"layer": -2, "final_norm": False} if sdxl else {}
+    options["zero_empty_embedding"] = len(suffixes) == 2 and bool(index.get("force_zeros_for_empty_prompt", True))
+    conditioners: list[Node] = []
+    for suffix, files in zip(suffixes, tokenizers, strict=True):
+        place, projected = path / f"text_encoder{suffix}" / "config.json", suffix == "_2"
+        text = configs.text_node(read_json(place), files, projected, str(place), pooled=projected, **options)
+        conditioners.append(text)
+    if sdxl:
+        last = "target_size" if len(suffixes) == 2 else "aesthetic_score"
+        conditioners += micro_conditioners(last, size, config.get("addition_time_embed_dim") or 256)
+    if network["in_channels"] == 2 * first_stage.model["latent_channels"] + 1:
+        conditioners.append(nodes.node(MaskedImage, mask_first=True))
+    conditioner = nodes.conditioner(conditioners)
+    model = nodes.latent_diffusion(network, conditioner, schedule, prediction, first_stage.model)
+    nodes.require_fitting(model, str(path))
+    shapes = nodes.shapes(network)
+    tensors = from_layout(read_weights(unet, MODEL_FILE, raw)[0], unet_to_diffusers(shapes), shapes, str(unet))
+    state = {NETWORK + name: tensor for name, tensor in tensors.items()}
+    state |= {f"first_stage.{name}": tensor for name, tensor in first_stage.state.items()}
+    for suffix, (prefix, text) in zip(suffixes, nodes.texts(model).items(), strict=True):
+        state |= {prefix + name: tensor for name, tensor in _read_text(path / f"text_encoder{suffix}", text).items()}
+    averaged = has_raw(unet, MODEL_FILE) and not raw
+    return Package(nodes.model_config(model, size), state, tokenizers, str(path), averaged=averaged)
 
 
 def _read_index(path: Path) -> dict[str, Any]:
@@ -229,75 +225,33 @@ def _read_index(path: Path) -> dict[str, Any]:
     return index
 
 
-def _number(arguments: Mapping[str, Any], channels: int, size: tuple[int, int]) -> dict[str, Any]:
-    """A MicroConditioner's arguments at this model's native size and features per number."""
-    default = list(size) if arguments["field"].endswith("_size") else arguments["default"]
-    return {**arguments, "default": default, **({} if channels == 256 else {"channels": channels})}
-
-
 def is_first_stage_file(path: Path) -> bool:
     """Whether a file is the weights of an autoencoder's folder, which says what it is."""
-    beside = path.parent / "config.json"
-    own = path.name.startswith(MODEL_FILE) and "-of-" not in path.name and beside.is_file()
-    return own and read_json(beside).get("_class_name") in ("AutoencoderKL", "VQModel")
+    config = path.parent / "config.json"
+    named = path.name.startswith(MODEL_FILE) and "-of-" not in path.name and config.is_file()
+    return named and read_json(config).get("_class_name") in ("AutoencoderKL", "VQModel")
 
 
-def read_first_stage_file(path: Path) -> Package:
-    """The first stage in such a file."""
-    return _read_first_stage(path.parent, path)
-
-
-def _read_first_stage(folder: Path, file: Path | None = None) -> Package:
+def read_first_stage(folder: Path, file: Path | None = None) -> Package:
     """The autoencoder in a folder, of its weights' files the given one."""
     config = read_json(folder / "config.json")
-    architecture = Architecture(configs.first_stage_arguments(config, str(folder / "config.json")))
+    model = configs.first_stage_node(config, str(folder / "config.json"))
     tensors, metadata = read_weights(folder, MODEL_FILE) if file is None else read_file(file)
     names = renamed(tensors, OLD_ATTENTION)
-    shapes = shapes_of_first_stage(architecture)
-    given = {names[name]: tensor for name, tensor in tensors.items()}
-    state = taken(given, first_stage_to_diffusers(shapes), shapes, str(folder))
-    mean, std = configs.statistics_of(config, architecture.first_stage["latent_channels"])
+    shapes = nodes.shapes(model)
+    tensors = {names[name]: tensor for name, tensor in tensors.items()}
+    state = from_layout(tensors, first_stage_to_diffusers(shapes), shapes, str(folder))
+    mean, std = configs.statistics_of(config, model["latent_channels"])
     state |= {"latent_mean": mean, "latent_std": std}
-    state = unfolded(state, metadata, 1.0)
-    return Package(architecture, {f"first_stage.{name}": tensor for name, tensor in state.items()})
+    return Package({"model": model}, unfold_latent_stats(state, metadata, 1.0), origin=str(file or folder))
 
 
-def _text(
-    folder: Path,
-    tower: Mapping[str, Tensor],
-    tokenizer: Tokenizer,
-    sdxl: bool,
-    projected: bool,
-    zero_empty_embedding: bool,
-) -> Text:
-    """The text encoder whose weights are in `tower`, and what a pipeline takes of it."""
-    config = read_json(folder / "config.json")
-    config = config.get("text_config", config)
-    configs.refuse_others(config, configs.TEXT_ALLOWED, str(folder / "config.json"))
-    vocab = config.get("vocab_size", 49408)
-    arguments = {
-        "hidden_size": config.get("hidden_size", 512),
-        "layers": config.get("num_hidden_layers", 12),
-        "heads": config.get("num_attention_heads", 8),
-        "intermediate": config.get("intermediate_size", 2048),
-        "vocab": vocab,
-        "max_position": config.get("max_position_embeddings", 77),
-        "act": config.get("hidden_act", "quick_gelu"),
-        "bos": config.get("bos_token_id", vocab - 2),
-        "eos": config.get("eos_token_id", vocab - 1),
-        "pad": config.get("pad_token_id", vocab - 1),
-    }
-    told = json.loads(tokenizer.get("tokenizer_config.json", "{}"))
-    return Text(
-        arguments,
-        config.get("projection_dim", 512) if projected else None,
-        layer=-2 if sdxl else -1,
-        final_norm=not sdxl,
-        pooled=projected,
-        max_length=min(int(told.get("model_max_length", 77)), arguments["max_position"]),
-        zero_empty_embedding=zero_empty_embedding,
-        prefix="text_model." if any(name.startswith("text_model.") for name in tower) else "",
-    )
+def _read_text(folder: Path, text: Node) -> Mapping[str, Tensor]:
+    """A text encoder's weights by our names; older and newer transformers have a prefix or none."""
+    tensors = {n: t for n, t in read_weights(folder, TEXT_FILE)[0].items() if not n.endswith("position_ids")}
+    prefix = "text_model." if any(name.startswith("text_model.") for name in tensors) else ""
+    shapes = nodes.text_shapes(text)
+    return from_layout(tensors, text_to_transformers(shapes, prefix), shapes, str(folder))
 
 
 def _read_tokenizer(folder: Path) -> Tokenizer:

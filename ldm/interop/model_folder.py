@@ -1,10 +1,10 @@
 """The model folder: what a finished stage leaves behind, complete and without pickles.
 
 model.json             the record: kind, stage, step, seconds, measurements, hashes of the files
-config.yaml            the composed configuration that builds the model
+config.yaml            the stage's configuration; `model` builds the model, `sampling` says how it is sampled
 weights.safetensors    the whole model, raw weights
 ema.safetensors        the trained parameters' moving average, where one was kept
-tokenizer/             the tokenizer, where the model has one of its own
+tokenizer/             the tokenizer, where the model has its own
 """
 
 import json
@@ -52,7 +52,7 @@ class ModelFolder:
 
     @property
     def averaged(self) -> bool:
-        """Whether averages are kept beside the raw weights."""
+        """Whether there are averages in addition to the raw weights."""
         return (self.path / EMA_WEIGHTS).exists()
 
     def weights(self, which: str = "ema") -> dict[str, Tensor]:
@@ -79,7 +79,7 @@ def write_model_folder(
     average: Mapping[str, Tensor] | None,
     tokenizer: Path | None,
 ) -> None:
-    """Writes a model folder, all or nothing: it is built beside `path`, synced, and renamed when complete."""
+    """Writes a model folder, all or nothing: it is built next to `path`, synced, and renamed when complete."""
     with write_folder(path) as building:
         save_tensors(building / WEIGHTS, dict(state))
         hashes = {WEIGHTS: sha256(building / WEIGHTS)}
@@ -98,7 +98,7 @@ def open_model_folder(path: Path, kind: str | None = None) -> ModelFolder:
     try:
         record = json.loads((path / RECORD).read_text())
     except FileNotFoundError as error:
-        raise UserError(f"{path} is no model folder: it has no {RECORD}") from error
+        raise UserError(f"{path} is not a model folder: it has no {RECORD}") from error
     except ValueError as error:
         raise UserError(f"{path / RECORD} is not readable as JSON ({error})") from error
     if not isinstance(record, dict) or not {"kind", "order", "sha256"} <= record.keys():
@@ -111,49 +111,49 @@ def open_model_folder(path: Path, kind: str | None = None) -> ModelFolder:
     return ModelFolder(path, record)
 
 
-def find_model_folder(given: Path, kind: str) -> ModelFolder:
+def find_model_folder(path: Path, kind: str) -> ModelFolder:
     """The model folder meant by a path: itself, a stage's, a run's (its last stage of the kind), or an
     experiment's (its newest run that has one)."""
-    if not given.exists():
-        raise UserError(f"checkpoint={given}: nothing is there; give a run's folder, a stage's or a model folder")
-    for candidate in (given, given / "model"):
+    if not path.exists():
+        raise UserError(f"checkpoint={path}: nothing is there; give a run's folder, a stage's or a model folder")
+    for candidate in (path, path / "model"):
         if (candidate / RECORD).exists():
             return open_model_folder(candidate, kind)
-    runs = [given, *sorted((run for run in given.glob("*") if (run / ".hydra").is_dir()), reverse=True)]
+    runs = [path, *sorted((run for run in path.glob("*") if (run / ".hydra").is_dir()), reverse=True)]
     runs = [run for run in runs if any(run.glob(f"*/model/{RECORD}"))][:1]  # itself, or the newest run in it
-    found = [open_model_folder(record.parent) for run in runs for record in run.glob(f"*/model/{RECORD}")]
-    found = [folder for folder in found if folder.record["kind"] == kind]
-    if given.is_file() and (given.parent / RECORD).is_file():
-        raise NoModelError(f"checkpoint={given}: it is a part of the model folder {given.parent}; give the folder")
-    if not found and (given.is_file() or (given / "model_index.json").is_file()):
+    folders = [open_model_folder(record.parent) for run in runs for record in run.glob(f"*/model/{RECORD}")]
+    folders = [folder for folder in folders if folder.record["kind"] == kind]
+    if path.is_file() and (path.parent / RECORD).is_file():
+        raise NoModelError(f"checkpoint={path}: it is a part of the model folder {path.parent}; give the folder")
+    if not folders and (path.is_file() or (path / "model_index.json").is_file()):
         raise NoModelError(
-            f"checkpoint={given}: it is a model of another format; convert it first (python -m ldm.interop.convert "
-            f"{given} OUT --to ldm) and give OUT"
+            f"checkpoint={path}: it is a model of another format; convert it first (python -m ldm.interop.convert "
+            f"{path} OUT --to ldm) and give OUT"
         )
-    if not found:
+    if not folders:
         raise NoModelError(
-            f"checkpoint={given}: no finished stage of kind {kind!r} in it; give the folder of a run that has one "
+            f"checkpoint={path}: no finished stage of kind {kind!r} in it; give the folder of a run that has one "
             "(outputs/NAME/TIME), one of its stages, or a model folder"
         )
-    return max(found, key=lambda folder: folder.record["order"])
+    return max(folders, key=lambda folder: folder.record["order"])
 
 
-def find_any_model_folder(given: Path) -> ModelFolder:
+def find_any_model_folder(path: Path) -> ModelFolder:
     """The model folder meant by a path: of a run, its last diffusion model, else its first stage.
 
     UserError where there is neither.
     """
-    for candidate in (given, given / "model"):
+    for candidate in (path, path / "model"):
         if (candidate / RECORD).exists():
             return open_model_folder(candidate)
     for kind in ("diffusion", "first_stage"):
         with suppress(NoModelError):
-            return find_model_folder(given, kind)
+            return find_model_folder(path, kind)
     step = " It is a checkpoint to resume from, which leaves out what is frozen: give the finished stage's folder."
     raise UserError(
-        f"{given} holds no model that is known here: no model_index.json or config.json (diffusers), no model.json "
+        f"{path} holds no model that is known here: no model_index.json or config.json (diffusers), no model.json "
         "(a model folder of this project), and no finished stage (a run). Of a folder with a single file in it give "
-        f"the file.{step if (given / 'checkpoint.json').is_file() else ''}"
+        f"the file.{step if (path / 'checkpoint.json').is_file() else ''}"
     )
 
 

@@ -1,12 +1,13 @@
 """Our weights' names in the layouts of others: diffusers and transformers, CompVis and sgm, OpenCLIP.
 
-Every function takes our names of one part (the UNet, the first stage, a text encoder) and gives a `WeightMapping` for each
-tensor of the other layout. Nothing is guessed from other files: their names follow from ours alone.
+Every function takes our names of one part (the UNet, the first stage, a text encoder) and gives a
+`WeightMapping` for each tensor of the other layout. Nothing is guessed from other files: their
+names follow from ours alone.
 """
 
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -29,8 +30,12 @@ class WeightMapping:
     transpose: bool = False
     flat: bool = False
 
+    def under(self, theirs: str, ours: str) -> "WeightMapping":
+        """The same of parts of larger models, whose names begin with these prefixes."""
+        return replace(self, theirs=theirs + self.theirs, ours=tuple(ours + name for name in self.ours))
+
     def of(self, state: Mapping[str, Tensor]) -> Tensor:
-        """The other layout's tensor, made of ours."""
+        """The other layout's tensor from ours."""
         parts = [state[name] for name in self.ours]
         tensor = parts[0] if len(parts) == 1 else torch.cat(parts)
         if self.flat:
@@ -45,15 +50,19 @@ class WeightMapping:
         return {name: part.reshape(shapes[name]).contiguous() for name, part in zip(self.ours, parts, strict=True)}
 
 
+ToMappings = Callable[[Iterable[str]], list[WeightMapping]]
+"""Our names of a part -> the tensors of another layout."""
+
+
 def renamed(names: Iterable[str], rules: Rules) -> dict[str, str]:
     """Our name -> the other's, by regular expressions that are applied in their order."""
-    found = {}
+    others = {}
     for name in names:
         other = name
         for pattern, replacement in rules:
             other = re.sub(pattern, replacement, other)
-        found[name] = other
-    return found
+        others[name] = other
+    return others
 
 
 # ---------------------------------------------------------------------------------------- diffusers, transformers
@@ -200,8 +209,10 @@ def unet_to_compvis(names: Iterable[str]) -> list[WeightMapping]:
 
 def _block_numbers(names: Iterable[str]) -> dict[str, int]:
     """The number in CompVis' list of "down.i.blocks.j", "down.i.downsample" and "up.i.blocks.j"."""
-    found = {m.group(1) for name in names if (m := re.match(r"((?:down|up)\.\d+\.(?:blocks\.\d+|downsample))\.", name))}
-    order = sorted(found, key=_place)
+    places = {
+        m.group(1) for name in names if (m := re.match(r"((?:down|up)\.\d+\.(?:blocks\.\d+|downsample))\.", name))
+    }
+    order = sorted(places, key=_place)
     down = [place for place in order if place.startswith("down")]
     up = [place for place in order if place.startswith("up")]
     return {place: i for i, place in enumerate(down, start=1)} | {place: i for i, place in enumerate(up)}
@@ -213,7 +224,7 @@ def _place(place: str) -> tuple[str, int, str, int]:
 
 
 def _numbered(name: str, numbers: Mapping[str, int], attended: set[str]) -> str:
-    """The name with CompVis' list and number in the place of ours; `attended` are the levels up with attention."""
+    """The name with CompVis' list and number instead of ours; `attended` are the levels up with attention."""
     if match := re.match(r"((down|up)\.(\d+)\.blocks\.\d+)\.(.*)", name):
         place, way, _, rest = match.groups()
         return f"{'input' if way == 'down' else 'output'}_blocks.{numbers[place]}.{rest}"

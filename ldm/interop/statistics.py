@@ -5,12 +5,14 @@ from collections.abc import Mapping
 
 import safetensors.torch
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from ldm.errors import UserError
+from ldm.interop.nodes import STATISTICS
 
 FOLDED = ("quant_conv.weight", "quant_conv.bias", "post_quant_conv.weight", "post_quant_conv.bias")
-STATISTICS = ("latent_mean", "latent_std")
+SD_FACTOR, SDXL_FACTOR = 0.18215, 0.13025  # the scale factors of SD 1 and 2, and of SDXL
 KEY = "ldm.unfolded"  # of a safetensors file's metadata
 
 
@@ -28,7 +30,7 @@ def is_std_of(std: Tensor, factor: float) -> bool:
     return factor > 0 and bool((std == torch.tensor(1.0 / factor, dtype=torch.float32)).all())
 
 
-def folded(first_stage: Mapping[str, Tensor], factor: float) -> dict[str, Tensor]:
+def fold_latent_stats(first_stage: Mapping[str, Tensor], factor: float) -> dict[str, Tensor]:
     """The first stage's tensors with latents that `factor` alone normalises: the same images, the same latents.
 
     raw' = (raw - mean) / (std factor) is what quant_conv then gives, and post_quant_conv takes. The statistics are
@@ -55,18 +57,25 @@ def folded(first_stage: Mapping[str, Tensor], factor: float) -> dict[str, Tensor
     return {**first_stage, **changed, **plain}
 
 
-def noted(first_stage: Mapping[str, Tensor]) -> dict[str, str]:
-    """Metadata from which `unfolded` restores what `folded` changed."""
-    kept = {name: first_stage[name].contiguous() for name in (*FOLDED, *STATISTICS)}
-    return {KEY: base64.b64encode(safetensors.torch.save(kept)).decode()}
+def stats_metadata(first_stage: Mapping[str, Tensor]) -> dict[str, str]:
+    """Metadata from which `unfold_latent_stats` restores what `fold_latent_stats` changed."""
+    before = {name: first_stage[name].contiguous() for name in (*FOLDED, *STATISTICS)}
+    return {KEY: base64.b64encode(safetensors.torch.save(before)).decode()}
 
 
-def unfolded(first_stage: Mapping[str, Tensor], metadata: Mapping[str, str], factor: float) -> dict[str, Tensor]:
-    """The first stage as it was before `folded`, where the metadata tells and the weights are still those."""
+def unfold_latent_stats(
+    first_stage: Mapping[str, Tensor], metadata: Mapping[str, str], factor: float
+) -> dict[str, Tensor]:
+    """The first stage before `fold_latent_stats`, where the metadata has it and the weights are still those."""
     if KEY not in metadata:
         return dict(first_stage)
-    kept = safetensors.torch.load(base64.b64decode(metadata[KEY]))
-    before = {**first_stage, **kept}
-    again = folded(before, factor)
-    same = all(torch.equal(again[name], first_stage[name]) for name in FOLDED)
+    try:
+        stored = safetensors.torch.load(base64.b64decode(metadata[KEY]))
+        before = {**first_stage, **{name: stored[name] for name in (*FOLDED, *STATISTICS)}}
+        refolded = fold_latent_stats(before, factor)
+        same = all(torch.equal(refolded[name], first_stage[name]) for name in FOLDED)
+    except (KeyError, ValueError, RuntimeError, SafetensorError) as error:
+        raise UserError(
+            f"the metadata {KEY!r} of the first stage are damaged ({error!r}); copy the file again"
+        ) from error
     return before if same else dict(first_stage)  # trained since by another tool: its own statistics count

@@ -33,7 +33,7 @@ def read_weights(folder: Path, name: str, raw: bool = False) -> Loaded:
 
 
 def has_raw(folder: Path, name: str) -> bool:
-    """Whether a part has raw weights beside the averaged ones."""
+    """Whether a part has raw weights in addition to the averaged ones."""
     return any(folder.glob(f"{name}{RAW}.*")) or any(folder.glob(f"{name}.*.index{RAW}.json"))
 
 
@@ -54,9 +54,9 @@ def _read_shards(folder: Path, index: Path) -> Loaded:
     tensors: dict[str, Tensor] = {}
     metadata: dict[str, str] = {}
     for file in sorted(set(files.values())):
-        part, told = read_file(folder / file)
+        part, part_metadata = read_file(folder / file)
         tensors |= part
-        metadata |= told
+        metadata |= part_metadata
     return tensors, metadata
 
 
@@ -64,7 +64,7 @@ def tensors_of(state: Any, path: Path) -> dict[str, Tensor]:
     """The tensors by name in what a pickle held: a state dict, or one under `state_dict`, or under that again."""
     while isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
         state = state["state_dict"]
-        if any(isinstance(value, Tensor) for value in state.values()):  # merges leave an empty one beside the weights
+        if any(isinstance(value, Tensor) for value in state.values()):  # merges leave an empty one next to the weights
             state = {name: value for name, value in state.items() if name != "state_dict"}
     if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
         raise UserError(f"{path} holds no weights by name: expected a state dict, or one under 'state_dict'")
@@ -83,7 +83,7 @@ def write_weights(
     metadata: Mapping[str, str] | None = None,
 ) -> None:
     """One safetensors file, or several with an index where they are larger than `shard_bytes` together."""
-    told = {"format": "pt", **(metadata or {})}
+    metadata = {"format": "pt", **(metadata or {})}
     shards: list[dict[str, Tensor]] = [{}]
     filled = 0
     for key, tensor in tensors.items():
@@ -94,11 +94,11 @@ def write_weights(
         shards[-1][key] = tensor
         filled += size
     if len(shards) == 1:
-        save_tensors(folder / f"{name}.safetensors", shards[0], told)
+        save_tensors(folder / f"{name}.safetensors", shards[0], metadata)
         return
     files = [f"{name}-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
     for file, shard in zip(files, shards, strict=True):
-        save_tensors(folder / file, shard, told)
+        save_tensors(folder / file, shard, metadata)
     total = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     weight_map = {key: file for file, shard in zip(files, shards, strict=True) for key in shard}
     write_json(folder / f"{name}.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})

@@ -37,12 +37,17 @@ class DiffusionModule(TrainingModule):
         return [self.latent_diffusion.denoiser.network]
 
     def setup(self, stage: str) -> None:
-        """Refuses a size that the first stage can't divide and latents of another one, before anything runs."""
+        """Refuses sizes that first stage or network can't take, other latents and missing taps before anything runs."""
         super().setup(stage)
-        self.check_data(self.latent_diffusion.first_stage, self.latent_diffusion.first_stage.fingerprint())
+        first_stage, denoiser = self.latent_diffusion.first_stage, self.latent_diffusion.denoiser
+        self.check_data(first_stage, first_stage.fingerprint())
+        for height, width in getattr(getattr(self.trainer, "datamodule", None), "sizes", ()):
+            denoiser.network.check_size(height // first_stage.factor, width // first_stage.factor)
+        self.loss.check(denoiser)
 
-    def denoising_loss(self, batch: Batch, conditioning_dropout: bool) -> DenoisingLoss:
-        """The loss of a batch; times, noise and caption dropout come from the batch's keys."""
+    def denoising_loss(self, batch: Batch, training: bool) -> DenoisingLoss:
+        """The loss of a batch, in training with conditioning dropout and auxiliary losses; all that is random comes
+        from the batch's keys."""
         model = self.latent_diffusion
         cached = batch.moments
         z0 = (
@@ -50,18 +55,19 @@ class DiffusionModule(TrainingModule):
             if cached is None
             else model.sample_from_moments(cached, batch.rng_keys)
         )
-        condition = model.conditioner(condition_fields(batch), batch.rng_keys if conditioning_dropout else None)
-        draws = NoiseKeys(batch.rng_keys, batch.positions, batch.global_batch)
-        result: DenoisingLoss = self.loss(model.denoiser, z0, condition.inputs(), draws)
+        condition = model.conditioner(condition_fields(batch), batch.rng_keys if training else None)
+        noise_keys = NoiseKeys(batch.rng_keys, batch.positions, batch.global_batch)
+        images = batch.images if cached is None else None
+        result: DenoisingLoss = self.loss(model.denoiser, z0, condition.inputs(), noise_keys, images, training)
         return result
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        result = self.denoising_loss(batch, conditioning_dropout=True)
-        self.log_train({"loss": result.loss.detach()}, len(batch.images))
+        result = self.denoising_loss(batch, training=True)
+        self.log_train({"loss": result.loss.detach(), **result.auxiliary}, len(batch.images))
         return result.loss
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        result = self.denoising_loss(batch, conditioning_dropout=False)
+        result = self.denoising_loss(batch, training=False)
         self.log("val/loss", result.loss, batch_size=len(batch.images), sync_dist=True, prog_bar=True)
 
     @torch.inference_mode()

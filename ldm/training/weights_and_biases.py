@@ -52,9 +52,9 @@ class WeightsAndBiases(Logger):
         self._ask(lambda logger: logger.log_metrics(metrics, done))
 
     @rank_zero_only
-    def log_sheet(self, path: Path, step: int) -> None:
-        """Logs a picture file that was made after `step` steps."""
-        self._ask(lambda logger: logger.log_image(path.parent.name, [str(path)], step))
+    def log_image(self, key: str, images: list[str], step: int) -> None:
+        """Logs picture files that were made after `step` steps."""
+        self._ask(lambda logger: logger.log_image(key, images, step))
 
     @rank_zero_only
     def finalize(self, status: str) -> None:

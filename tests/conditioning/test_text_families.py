@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
+from tokenizers import processors
 from torch import nn
 from transformers import (
     AutoTokenizer,
@@ -15,7 +15,6 @@ from transformers import (
     Gemma2Model,
     LlamaConfig,
     LlamaForCausalLM,
-    PreTrainedTokenizerFast,
     T5Config,
     T5EncoderModel,
     T5ForConditionalGeneration,
@@ -27,23 +26,11 @@ from ldm.checkpoint import load_tensors, save_tensors
 from ldm.conditioning import Compose, TextConditioner, text_encoder_from_pretrained, tokenizer_from_pretrained
 from ldm.errors import UserError
 from ldm.randomness import keys
+from tests.unigram import save_unigram
 
 CAPTIONS = ["a red circle", "a blue square above a green triangle", ""]
 FIELDS = {"caption": CAPTIONS}
 LENGTH = 100  # above CLIP's 77
-
-
-def save_tokenizer(path: Path, end: str | None) -> None:
-    """A Unigram tokenizer as T5's, with `</s>` at the end; or as a decoder's, with `<s>` at the start."""
-    tokenizer = Tokenizer(models.Unigram())
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
-    special = ["<pad>", "</s>", "<unk>", "<s>"]
-    trainer = trainers.UnigramTrainer(vocab_size=60, special_tokens=special, unk_token="<unk>", show_progress=False)
-    tokenizer.train_from_iterator(CAPTIONS * 5, trainer)
-    template = "$A </s>" if end else "<s> $A"
-    tokenizer.post_processor = processors.TemplateProcessing(single=template, special_tokens=[("</s>", 1), ("<s>", 3)])
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
-    fast.save_pretrained(path)
 
 
 CONFIGS: dict[str, Any] = {
@@ -79,10 +66,10 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     found = {}
     for name, make in CONFIGS.items():
         found[name] = path = tmp_path_factory.mktemp("text") / name
-        save_tokenizer(path, "</s>" if name in ("t5", "umt5", "bert") else None)
+        vocabulary = save_unigram(path, CAPTIONS, "<s> $A" if name in ("llama", "gemma") else "$A </s>")
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            model = make(len(AutoTokenizer.from_pretrained(path)))
+            model = make(vocabulary)
             for parameter in model.parameters():  # initial weights are too small to tell layers and norms apart
                 parameter.data.add_(0.3 * torch.randn_like(parameter))
         model.save_pretrained(path)

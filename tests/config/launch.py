@@ -15,7 +15,7 @@ def overrides_for(shapes: Path, out: Path, *more: str) -> list[str]:
         f"data.train.shards={shapes}/train",
         f"data.val.shards={shapes}/val",
         f"run_folder={out}",
-        "trainer.enable_progress_bar=false",
+        "callbacks.progress=null",
         *more,
     ]
 

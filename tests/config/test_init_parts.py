@@ -16,9 +16,10 @@ from ldm.config.compose import compose
 from ldm.config.sources import load_first_stage
 from ldm.config.stages import stage_config
 from ldm.errors import UserError
+from ldm.interop import nodes
 from ldm.interop.convert import read
 from ldm.interop.own_folder import write_own
-from ldm.interop.package import Architecture, Package, shapes_of_first_stage
+from ldm.interop.package import Package
 from ldm.interop.single_file import write_single_file
 
 from .launch import model_of, overrides_for
@@ -144,7 +145,7 @@ def test_a_first_stage_comes_from_a_whole_model_of_ours(
     source: str, run: Path, tiny_shapes: Path, tmp_path: Path
 ) -> None:
     model = model_of(tiny_shapes, run, tmp_path, f"first_stage_from={run}/{source}")
-    assert equal(dict(model.first_stage.state_dict()), read(run / "first_stage").part("first_stage."))
+    assert equal(dict(model.first_stage.state_dict()), read(run / "first_stage").state)
 
 
 def test_a_damaged_model_folder_is_refused(run: Path, tiny_shapes: Path, tmp_path: Path) -> None:
@@ -159,9 +160,9 @@ def test_a_damaged_model_folder_is_refused(run: Path, tiny_shapes: Path, tmp_pat
 def silent(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A first stage with another decoder, in a file that does not tell its latent statistics."""
     given = read(run / "first_stage")
-    state = given.state | {"first_stage.decoder.conv_out.bias": torch.ones(3)}
+    state = given.state | {"decoder.conv_out.bias": torch.ones(3)}
     file = tmp_path_factory.mktemp("silent") / "vae.safetensors"
-    write_single_file(replace(given.with_state(state), latents_told=False), file)
+    write_single_file(replace(given.with_state(state), has_latent_stats=False), file)
     return file
 
 
@@ -175,7 +176,7 @@ def test_a_first_stage_that_does_not_tell_its_statistics(
     wanted = read(run / "base").state["first_stage.latent_std"] if beside else torch.full((4,), 3.5)
     torch.testing.assert_close(model.first_stage.latent_std, wanted)
     assert torch.equal(model.first_stage.decoder.conv_out.bias, torch.ones(3))
-    assert "does not say what its latents are normalised by: taken are the values " in caplog.text
+    assert "does not say what its latents are normalised by: the values used are " in caplog.text
     overrides = overrides_for(tiny_shapes, tmp_path, f"tokenizer_path={run}/tokenizer", *more)
     config = stage_config(compose("train", overrides), "base", overrides)
     OmegaConf.resolve(config)
@@ -183,14 +184,13 @@ def test_a_first_stage_that_does_not_tell_its_statistics(
 
 
 def test_a_silent_first_stage_of_other_channels_is_refused(run: Path, tiny_shapes: Path, tmp_path: Path) -> None:
-    given = read(run / "first_stage").architecture.first_stage
-    arguments = given | {"latent_channels": 6, "decoder": given["decoder"] | {"in_channels": 6}}
-    arguments["encoder"] = given["encoder"] | {"out_channels": 12}
-    known = Architecture(arguments)
-    state = {f"first_stage.{n}": torch.zeros(t.shape) for n, t in shapes_of_first_stage(known).items()}
-    state |= {"first_stage.latent_mean": torch.zeros(6), "first_stage.latent_std": torch.ones(6)}
-    write_own(Package(known, state), tmp_path / "own")
-    write_single_file(Package(known, state, latents_told=False), tmp_path / "six.safetensors")
+    given = read(run / "first_stage").model
+    model = given | {"latent_channels": 6, "decoder": given["decoder"] | {"in_channels": 6}}
+    model |= {"encoder": given["encoder"] | {"out_channels": 12}, "latent_mean": 0.0, "latent_std": 1.0}
+    state = {name: torch.zeros(t.shape) for name, t in nodes.shapes(model).items()}
+    state |= {"latent_mean": torch.zeros(6), "latent_std": torch.ones(6)}
+    write_own(Package({"model": model}, state), tmp_path / "own")
+    write_single_file(Package({"model": model}, state, has_latent_stats=False), tmp_path / "six.safetensors")
     for name in ("own", "six.safetensors"):
         with pytest.raises(Exception) as caught:
             model_of(tiny_shapes, run, tmp_path / "out", f"first_stage_from={tmp_path}/{name}", f"init_from={run}/base")

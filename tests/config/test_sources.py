@@ -1,6 +1,7 @@
 """Training goes on from weights of every format; parts that do not fit together are refused with the reason."""
 
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -8,13 +9,14 @@ import pytest
 import torch
 
 from ldm.checkpoint import load_tensors
-from ldm.config.sources import Weights, _check_latents, load_strictly
+from ldm.config.sources import _check_latents, load_strictly, weights_of
 from ldm.errors import UserError
 from ldm.first_stage.autoencoder import FirstStage
 from ldm.first_stage.regularizer import KLRegularizer
+from ldm.interop import nodes
 from ldm.interop.convert import convert, read
+from ldm.interop.package import Package
 from ldm.networks.autoencoder import Decoder, Encoder
-from ldm.networks.unet import UNet
 from tests.interop.tiny import package
 
 from .launch import model_of
@@ -42,7 +44,7 @@ def test_averaged_or_raw_weights_are_chosen(run: Path) -> None:
 @pytest.mark.parametrize("source", ["base.safetensors", "diffusers", "first_stage"])
 def test_a_first_stage_comes_from_any_format(source: str, run: Path, tiny_shapes: Path, tmp_path: Path) -> None:
     model = model_of(tiny_shapes, run, tmp_path, f"first_stage_from={run / source}")
-    wanted = read(run / "first_stage").part("first_stage.")
+    wanted = read(run / "first_stage").state
     for name, tensor in model.first_stage.state_dict().items():
         assert torch.equal(tensor, wanted[name]), name
 
@@ -57,16 +59,16 @@ def changed(run: Path, path: Path, change: Any) -> Path:
 
 
 def test_other_latent_statistics_are_refused(run: Path, tiny_shapes: Path, tmp_path: Path) -> None:
-    other = changed(run, tmp_path / "other", lambda state: state["first_stage.latent_std"].mul_(3.0))
+    other = changed(run, tmp_path / "other", lambda state: state["latent_std"].mul_(3.0))
     with pytest.raises(UserError, match=r"was trained on latents whose latent_std is \[.*would see other latents"):
         model_of(tiny_shapes, run, tmp_path, f"first_stage_from={other}", f"init_from={run}/base")
     model_of(tiny_shapes, run, tmp_path, f"first_stage_from={other}")  # a network that is trained anew
 
 
 def test_another_decoder_of_the_same_latents_is_taken(run: Path, tiny_shapes: Path, tmp_path: Path) -> None:
-    other = changed(run, tmp_path / "other", lambda state: state["first_stage.decoder.conv_out.bias"].add_(1.0))
+    other = changed(run, tmp_path / "other", lambda state: state["decoder.conv_out.bias"].add_(1.0))
     model = model_of(tiny_shapes, run, tmp_path, f"first_stage_from={other}", f"init_from={run}/base")
-    assert torch.equal(model.first_stage.decoder.conv_out.bias, read(other).state["first_stage.decoder.conv_out.bias"])
+    assert torch.equal(model.first_stage.decoder.conv_out.bias, read(other).state["decoder.conv_out.bias"])
 
 
 def test_other_latent_channels_are_refused(run: Path, tiny_shapes: Path, tmp_path: Path) -> None:
@@ -99,7 +101,7 @@ def test_a_first_stage_of_other_channels_than_a_network_was_trained_on_is_refuse
     )
     state = {"first_stage.latent_mean": torch.zeros(4), "first_stage.latent_std": torch.ones(4)}
     with pytest.raises(UserError, match=r"in base was trained on latents of 4 channels, the first stage in vae has 8"):
-        _check_latents(first_stage, "vae", Weights(state, "base", {}))
+        _check_latents(first_stage, "vae", Package({}, state, origin="base"))
 
 
 def test_weights_of_another_width_are_refused(run: Path, tiny_shapes: Path, tmp_path: Path) -> None:
@@ -112,7 +114,7 @@ def test_weights_of_another_width_are_refused(run: Path, tiny_shapes: Path, tmp_
 
 def test_weights_of_sd_2_are_refused_for_a_network_of_sd_1(tmp_path: Path) -> None:
     given = {name: package(name, tmp_path) for name in ("sd1", "sd2")}
-    network = UNet(**(given["sd1"].architecture.network or {}))
+    network = nodes.build(given["sd1"].model["denoiser"]["network"])
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     with pytest.raises(UserError, match=r"don't fit the model: time_embed.0.weight: \[256, 64\] in the file") as caught:
         load_strictly(network, given["sd2"].part("denoiser.network."), "sd2.safetensors")
@@ -127,3 +129,28 @@ def test_a_first_stage_alone_is_no_model(run: Path, tiny_shapes: Path, tmp_path:
         model_of(tiny_shapes, run, tmp_path, f"init_from={tmp_path}/vae.safetensors", first_stage)
     with pytest.raises(UserError, match="no such path exists"):
         model_of(tiny_shapes, run, tmp_path, "init_from=nowhere", f"first_stage_from={run}/first_stage")
+
+
+def renamed_target(folder: Path, out: Path, old: str, new: str) -> Path:
+    """A copy of a model folder with another class in its config.yaml."""
+    shutil.copytree(folder, out)
+    text = (out / "config.yaml").read_text()
+    assert f"_target_: {old}\n" in text
+    (out / "config.yaml").write_text(text.replace(f"_target_: {old}\n", f"_target_: {new}\n"))
+    return out
+
+
+def test_a_users_own_classes_are_weights_to_begin_with(run: Path, tmp_path: Path) -> None:
+    """They have no counterpart in other formats, but training reads them as they are."""
+    network = renamed_target(run / "ldm", tmp_path / "network", "ldm.networks.unet.UNet", "mine.DiT")
+    found = weights_of(str(network), {}, "init_from", "diffusion")
+    assert found.model["denoiser"]["network"]["_target_"] == "mine.DiT"
+    assert found.state.keys() == read(run / "ldm").state.keys()
+    with pytest.raises(UserError, match=r"a mine\.DiT has no counterpart in other formats"):
+        convert(network, tmp_path / "out", "ldm")
+    own = "ldm.first_stage.autoencoder.FirstStage"
+    for source in ("ldm", "first_stage/model"):
+        folder = renamed_target(run / source, tmp_path / source.split("/")[0], own, "mine.FirstStage")
+        found = weights_of(str(folder), {}, "first_stage_from", "first_stage")
+        assert (found.kind, found.model["_target_"]) == ("first_stage", "mine.FirstStage")
+        assert found.state.keys() == read(run / "first_stage").state.keys()

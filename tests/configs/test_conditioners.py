@@ -1,24 +1,23 @@
-"""Every configs/conditioner/*.yaml: shapes, dropout, the empty condition; tiny weights where a hub's are asked for."""
+"""Every configs/conditioner/*.yaml: shapes, widths and dropout, with tiny weights for those of the hub."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
 import torch
 from omegaconf import DictConfig, ListConfig, OmegaConf
-from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+from torch import Tensor
+from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel
 
 from ldm.conditioning import Conditioner, captions_tokenizer
 from ldm.config.build import build
 from ldm.config.compose import CONFIGS, compose
-from ldm.config.infer import planned_widths
 
 CONDITIONERS = sorted(path.stem for path in (CONFIGS / "conditioner").glob("*.yaml"))
-PICTURES = ("low_resolution", "masked_image", "clip_l_masked_image")  # what they condition on is no text
 NUMBERS = {"imagenet_class": ["3", "14", ""]}
-TEXTS = ("captions", "captions_tiny", "captions_emoji", "captions_relations", "clip_l", "openclip_h")
-DROPS = (*TEXTS, "sdxl", "sdxl_text", "sdxl_refiner", "imagenet_class")
+TEXTS = ("captions", "captions_tiny", "captions_emoji", "captions_relations", "clip_l", "openclip_h", "t5")
+DROPS = (*TEXTS, "sdxl", "sdxl_text", "sdxl_refiner", "sd3_text", "imagenet_class")
 
 
 @pytest.fixture(scope="module")
@@ -44,11 +43,20 @@ def text_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def put(node: Any, knob: str, value: Any) -> None:
-    """Sets a knob wherever it stands."""
+class Average:
+    """A first stage of factor 4 whose latents are means of pixels, in 4 channels."""
+
+    factor = 4
+
+    def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
+        return torch.nn.functional.avg_pool2d(images, 4).repeat(1, 2, 1, 1)[:, :4]
+
+
+def put(node: Any, knob: str, value: Callable[[Any], Any]) -> None:
+    """Replaces the value of a knob wherever it stands."""
     for name in list(node) if isinstance(node, DictConfig) else range(len(node)):
         if name == knob:
-            node[name] = value
+            node[name] = value(node[name])
         elif isinstance(node[name], DictConfig | ListConfig):
             put(node[name], knob, value)
 
@@ -63,17 +71,18 @@ def fields(name: str) -> dict[str, Any]:
 
 
 @pytest.fixture
-def conditioner(request: pytest.FixtureRequest, tiny_shapes: Path, text_model: Path, tmp_path: Path) -> Conditioner:
+def conditioner(
+    request: pytest.FixtureRequest, tiny_shapes: Path, text_model: Path, tiny_t5: Path, tmp_path: Path
+) -> Conditioner:
     overrides = ["experiment=quickstart", f"conditioner={request.param}", f"tokenizer_path={tmp_path}/tokenizer"]
     overrides += [f"data.train.shards={tiny_shapes}/train", f"run_folder={tmp_path}"]
     cfg = compose("train", overrides)
     OmegaConf.resolve(cfg.conditioner)
     node = cast(DictConfig, OmegaConf.create(OmegaConf.to_container(cfg.conditioner)))
-    put(node, "name_or_path", str(text_model))
-    put(node, "dropout", 0.5)
+    put(node, "name_or_path", lambda name: str(tiny_t5 if "t5" in name else text_model))
+    put(node, "dropout", lambda rate: 0.5)
     made = cast(Conditioner, build(node)).eval()
-    assert planned_widths(node, 4) == made.widths(4)
-    made.bind(lambda images: torch.nn.functional.avg_pool2d(images, 4).repeat(1, 2, 1, 1)[:, :4])
+    made.bind(Average())
     return made
 
 
@@ -96,20 +105,11 @@ def test_it_conditions_each_sample_alone(conditioner: Conditioner, name: str) ->
     assert conditioner.widths(4)._asdict() == widths
 
 
-@parametrized(name for name in CONDITIONERS if name not in PICTURES)
-def test_the_empty_condition_is_that_of_no_words(conditioner: Conditioner, name: str) -> None:
-    empty = conditioner.empty(2).inputs()
-    none = conditioner({"caption": ["", ""], "aesthetic_score": ["", ""]}).inputs()
-    assert empty.keys() == none.keys()
-    for part in empty:
-        torch.testing.assert_close(empty[part], none[part], atol=1e-5, rtol=1e-4)
-
-
 @parametrized(DROPS)
 def test_dropout_takes_its_share_and_depends_on_the_visit_alone(conditioner: Conditioner, name: str) -> None:
     keys = torch.arange(64)
     given = {"caption": fields(name)["caption"][:1] * 64, "aesthetic_score": [""] * 64}
-    dropped, empty = conditioner(given, keys), conditioner.empty(1).inputs()
+    dropped, empty = conditioner(given, keys), conditioner({"caption": [""], "aesthetic_score": [""]}).inputs()
     gone = torch.stack([
         torch.isclose(value, empty[part], atol=1e-5).flatten(1).all(1) for part, value in dropped.inputs().items()
     ]).all(0)  # fmt: skip
@@ -126,3 +126,29 @@ def test_every_conditioner_that_drops_is_tested_for_it() -> None:
     texts = {path.stem for path in (CONFIGS / "conditioner").glob("*.yaml") if "dropout" in path.read_text()}
     inherits = {"openclip_h", "captions_tiny", "captions_emoji", "captions_relations"}
     assert texts - inherits == set(DROPS) - inherits | {"clip_l_masked_image"}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("conditioner", ["sd3_text"], indirect=True)
+def test_sd3_text_is_what_diffusers_pipeline_makes_of_it(
+    conditioner: Conditioner, text_model: Path, tiny_t5: Path
+) -> None:
+    diffusers = pytest.importorskip("diffusers")
+    second = CLIPTokenizer.from_pretrained(text_model, pad_token="!")
+    pipeline = diffusers.StableDiffusion3Pipeline(
+        transformer=None,
+        scheduler=None,
+        vae=None,
+        text_encoder=CLIPTextModelWithProjection.from_pretrained(text_model).eval(),
+        tokenizer=CLIPTokenizer.from_pretrained(text_model),
+        text_encoder_2=CLIPTextModelWithProjection.from_pretrained(text_model).eval(),
+        tokenizer_2=second,
+        text_encoder_3=T5EncoderModel.from_pretrained(tiny_t5).eval(),
+        tokenizer_3=AutoTokenizer.from_pretrained(tiny_t5),
+    )
+    captions = ["a red circle", "a large blue square at the upper left", ""]
+    tokens, _, vector, _ = pipeline.encode_prompt(captions, None, None, "cpu", do_classifier_free_guidance=False)
+    found = conditioner({"caption": captions})
+    assert found.tokens is not None and found.vector is not None and found.mask is None
+    assert found.tokens.shape == (3, 77 + 256, 40)
+    assert torch.equal(found.tokens, tokens) and torch.equal(found.vector, vector)

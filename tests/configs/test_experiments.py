@@ -53,9 +53,6 @@ def test_networks_are_built_on_the_meta_device(experiment: str) -> None:
     with torch.device("meta"):
         unet, first_stage = build(cfg.network), build(cfg.first_stage)
     assert all(p.is_meta for p in [*unet.parameters(), *first_stage.parameters()])
-    if experiment == "sd1":
-        assert parameters(unet) == 859_520_964
-        assert parameters(first_stage) == 83_653_863
 
 
 def test_sd1s_text_encoder_is_clip_vit_l() -> None:
@@ -83,7 +80,7 @@ def test_the_tiny_variant_trains_every_stage_two_steps(experiment: str, tiny_sha
         f"data.train.shards={tiny_shapes}/train",
         f"data.val.shards={tiny_shapes}/val",
         f"run_folder={tmp_path}",
-        "trainer.enable_progress_bar=false",
+        "callbacks.progress=null",
         "compile=false",
     ]
     curriculum.run(*stages(compose("train", overrides), overrides, tmp_path))

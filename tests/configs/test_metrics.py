@@ -15,7 +15,7 @@ import torch.multiprocessing as mp
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from ldm.commands.evaluate import build_metrics
+from ldm.commands.metric_options import build_metrics
 from ldm.config.check import build
 from ldm.config.compose import CONFIGS, compose
 from ldm.errors import UserError
@@ -76,10 +76,9 @@ def measured(metric: Metric, indices: range) -> dict[str, list[float]]:
     """Values and intervals over the pictures of these indices, and over the other processes' ones."""
     images, captions = pictures(N, 0)
     reference = Reference()
-    if metric.needs_reference:
-        metric.set_reference(reference)
+    metric.set_reference(reference)
     metric.update(batch(images.flip(0), captions[::-1]))
-    metric.reset()  # nothing of what came before is left
+    metric.set_reference(reference) if metric.needs_reference else metric.reset()  # nothing of what came before is left
     for i in indices:
         metric.update(batch(images[i : i + 1], captions[i : i + 1], i))
     found = metric.compute()
@@ -169,8 +168,8 @@ def test_a_metric_without_weights_is_reported_and_the_others_are_built(no_weight
     options = compose("evaluate", ["checkpoint=x", "out=y"]).metric_options
     found, missing = build_metrics(["fid", "alignment", "clip_score"], options, torch.device("cpu"))
     assert len(found) == 1 and list(missing) == ["fid", "clip_score"]
-    for told in ("pt_inception-2015-12-05-6726825d.pth", "https://github.com/mseitzer/pytorch-fid", str(no_weights)):
-        assert told in missing["fid"]
+    for part in ("pt_inception-2015-12-05-6726825d.pth", "https://github.com/mseitzer/pytorch-fid", str(no_weights)):
+        assert part in missing["fid"]
     assert "metric_options.fid.features.path" in missing["fid"]
     assert "hf download openai/clip-vit-large-patch14" in missing["clip_score"]
     assert "metric_options.clip_score.model" in missing["clip_score"]

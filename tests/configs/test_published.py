@@ -4,14 +4,14 @@ from typing import Any
 
 import pytest
 import torch
-from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from ldm.config.build import build
-from ldm.config.compose import CONFIGS, compose
+from ldm.config.compose import CONFIGS
 from ldm.networks.attention import PixelAttention, SpatialTransformer
 from ldm.networks.blocks import Downsample, ResBlock
 from ldm.networks.unet import Block, UNet
+from tests.configs.nodes import node
 
 # As the YAML files beside the published weights say (CompVis' latent-diffusion and stable-diffusion, Stability's
 # generative-models): attention at these downsampling factors; a number of heads, or channels per head (`head`).
@@ -33,13 +33,6 @@ UNETS: dict[str, dict[str, Any]] = {
     "ldm_super_resolution": dict(width=160, mult=(1, 2, 2, 4), at=(16, 8), head=32),
     "ldm_inpainting": dict(width=256, mult=(1, 2, 3, 4), at=(8, 4, 2), heads=8, resblock_updown=True),
 }
-
-
-def node(group: str, name: str) -> DictConfig:
-    overrides = ["experiment=sd1", f"{group}={name}", "run_folder=nowhere", "tokenizer_path=nowhere"]
-    chosen: DictConfig = compose("train", overrides)[group]
-    OmegaConf.resolve(chosen)
-    return chosen
 
 
 def check_attention(block: Block, channels: int, facts: dict[str, Any], depth: int) -> None:

@@ -4,20 +4,22 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
+import torch
 from omegaconf import DictConfig, OmegaConf
 
 from ldm.checkpoint import load_tensors
 from ldm.config.build import stages
-from ldm.config.check import check
+from ldm.config.check import build, check
 from ldm.config.compose import compose
-from ldm.config.infer import check_fits
+from ldm.config.infer import check_fit, fill_widths
 from ldm.config.stages import stage_config
 from ldm.errors import UserError
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.networks.unet import UNet
 from ldm.training import curriculum
 
-NO_SHEETS = "samples.every_n_steps=null"
+NO_IMAGES = "callbacks.images=null"
+pytestmark = pytest.mark.usefixtures("hub")
 Widths = tuple[int, int, int | None, int | None]
 
 
@@ -33,9 +35,10 @@ def swapped(*more: str) -> DictConfig:
     ]
     cfg = compose("train", given)
     config = stage_config(cfg, "base", given)
+    fill_widths(config)
+    check_fit(config, list(cfg.curriculum))
     OmegaConf.resolve(config)
-    check(config.tasks[config.task])
-    check_fits(config, list(cfg.curriculum))
+    check(config.task, "task")
     return config
 
 
@@ -64,6 +67,8 @@ def widths(network: Any) -> Widths:
         ("conditioner=sdxl", (4, 4, 2048, 2816)),
         ("conditioner=sdxl_text", (4, 4, 2048, 1280)),
         ("conditioner=sdxl_refiner", (4, 4, 1280, 2560)),
+        ("conditioner=t5", (4, 4, 4096, None)),
+        ("conditioner=sd3_text", (4, 4, 4096, 2048)),
         ("conditioner=imagenet_class", (4, 4, 512, None)),
         ("conditioner=clip_l_masked_image", (9, 4, 768, None)),
         ("conditioner=low_resolution", (7, 4, None, None)),
@@ -71,15 +76,20 @@ def widths(network: Any) -> Widths:
         ("network=small", (4, 4, 768, None)),
     ],
 )
-def test_the_network_takes_the_widths_of_what_stands_beside_it(override: str, wanted: Widths) -> None:
-    config = swapped(override, *[NO_SHEETS] * (override == "conditioner=low_resolution"))
-    assert widths(config.network) == wanted
+def test_the_network_takes_the_widths_of_the_conditioner_and_the_first_stage(override: str, wanted: Widths) -> None:
+    config = swapped(override, *[NO_IMAGES] * (override == "conditioner=low_resolution"))
+    with torch.device("meta"):
+        conditioner, first_stage = build(config.conditioner), build(config.first_stage)
+    latents = first_stage.latent_channels
+    tokens, vector, concat = conditioner.widths(latents)
+    assert (latents + concat, latents, tokens or None, vector or None) == wanted == widths(config.network)
     assert config.first_stage.decoder.in_channels == wanted[1]
 
 
 def test_a_text_encoder_in_a_folder_is_one_override(tiny_clip: Path) -> None:
     config = swapped(f"conditioner.encoder.name_or_path={tiny_clip}")
     assert (config.network.context_dim, config.conditioner.tokenizer.name_or_path) == (16, str(tiny_clip))
+    assert build(OmegaConf.merge(config.conditioner, {"max_length": 12})).widths(4) == (16, 0, 0)
     config = swapped("conditioner=sdxl", f"conditioner.conditioners.1.encoder.name_or_path={tiny_clip}")
     assert widths(config.network) == (4, 4, 768 + 16, 8 + 6 * 256)
     second = config.conditioner.conditioners[1]
@@ -96,7 +106,7 @@ def test_a_text_encoder_in_a_folder_is_one_override(tiny_clip: Path) -> None:
         (["network=ldm_churches_f8"], "tokens of 768 numbers, the network has context_dim=None"),
         (["network=ldm_imagenet_f4", "conditioner=imagenet_class"], "latents of 4 channels .* has in_channels=3"),
         (["network=sdxl", "conditioner=sdxl", "first_stage=kl_f16"], "latents of 16 channels .* has in_channels=4"),
-        (["network=sd1_inpainting"], "puts 0 beside them; the network has in_channels=9"),
+        (["network=sd1_inpainting"], "the conditioner adds 0; the network has in_channels=9"),
         (["network.in_channels=9"], "Give network.in_channels=4 network.out_channels=4, or another first stage"),
         (["network.context_dim=24"], "the network has context_dim=24"),
         (["network.num_heads=7"], "channels do not split into heads with num_heads=7"),
@@ -124,7 +134,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_built(overrides: list[s
         ["network=ldm_imagenet_f8", "conditioner=imagenet_class", "first_stage=vq_f8"],
         ["network=ldm_unconditional_f4", "conditioner=none", "first_stage=vq_f4"],
         ["network=ldm_churches_f8", "conditioner=none"],
-        ["network=ldm_super_resolution", "conditioner=low_resolution", "first_stage=vq_f4", NO_SHEETS],
+        ["network=ldm_super_resolution", "conditioner=low_resolution", "first_stage=vq_f4", NO_IMAGES],
         ["network=ldm_inpainting", "conditioner=masked_image", "first_stage=vq_f4_noattn"],
     ],
 )
@@ -133,24 +143,31 @@ def test_published_combinations_fit(overrides: list[str]) -> None:
 
 
 @pytest.mark.parametrize("loss", ["kl", "kl_efficientnet_gan", "kl_lpips_gan", "vq_lpips_gan"])
-@pytest.mark.parametrize(("first_stage", "wanted"), [("kl_f8", (1e-6, True)), ("vq_f4", (1.0, False))])
-def test_the_loss_is_weighed_as_its_bottleneck_asks(loss: str, first_stage: str, wanted: tuple[float, bool]) -> None:
+@pytest.mark.parametrize(("first_stage", "reduction"), [("kl_f8", "sum"), ("vq_f4", "mean")])
+def test_the_loss_is_reduced_as_the_regularizer_asks(loss: str, first_stage: str, reduction: str) -> None:
     path = ["+first_stage_loss.perceptual.network.path=nowhere"] if "lpips" in loss else []
-    given = ["experiment=quickstart", f"first_stage={first_stage}", f"first_stage_loss={loss}", *path]
-    chosen = compose("train", given).first_stage_loss
-    assert (chosen.regularizer_weight, chosen.sum_values) == wanted
+    config = compose(
+        "train", ["experiment=quickstart", f"first_stage={first_stage}", f"first_stage_loss={loss}", *path]
+    )
+    regularizer = build(config.first_stage, "first_stage").regularizer
+    assert config.first_stage_loss.reduction is None and regularizer.reduction == reduction
+    assert first_stage != "kl_f8" or regularizer.kl_weight == 1e-6
 
 
-def test_the_small_picture_is_as_small_as_the_latents() -> None:
-    assert swapped("conditioner=low_resolution", NO_SHEETS).conditioner.factor == 8
-    assert swapped("conditioner=low_resolution", "first_stage=vq_f4", NO_SHEETS).conditioner.factor == 4
+@pytest.mark.parametrize("first_stage", ["kl_f8", "vq_f4"])
+def test_the_small_picture_is_as_small_as_the_latents(first_stage: str) -> None:
+    config = swapped("conditioner=low_resolution", f"first_stage={first_stage}", NO_IMAGES)
+    conditioner, stage = build(config.conditioner), build(config.first_stage)
+    conditioner.bind(stage)
+    picture = torch.zeros(1, 3, 16, 32)
+    assert conditioner({"image": picture}).concat.shape[2:] == stage.encode(picture).shape[2:]
 
 
 @pytest.mark.parametrize(
     ("overrides", "told"),
     [
         (["conditioner=clip_l_masked_image", "latents=auto"], r"\(MaskedImage\) is shown the pictures .*latents=null"),
-        (["conditioner=low_resolution"], r"\(LowResolution\) makes nothing of a prompt .*samples.every_n_steps=null"),
+        (["conditioner=low_resolution"], r"\(LowResolution\) makes nothing of a prompt .*callbacks.images=null"),
     ],
 )
 def test_a_conditioner_that_is_shown_pictures_is_refused_where_there_are_none(overrides: list[str], told: str) -> None:
@@ -159,7 +176,7 @@ def test_a_conditioner_that_is_shown_pictures_is_refused_where_there_are_none(ov
 
 
 def launch(shapes: Path, out: Path, *more: str) -> list[str]:
-    given = ["experiment=quickstart", "variant=tiny", f"run_folder={out}", "trainer.enable_progress_bar=false"]
+    given = ["experiment=quickstart", "variant=tiny", f"run_folder={out}", "callbacks.progress=null"]
     return [*given, f"data.train.shards={shapes}/train", f"data.val.shards={shapes}/val", *more]
 
 

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from ldm.data.loading.cache import Encoders, ShardPartition, write_latents
 from ldm.data.loading.datamodule import ShardDataModule
-from ldm.data.loading.latents import LatentRecord, LatentSource, read_record, summary, unpack
+from ldm.data.loading.latents import LatentRecord, LatentSource, pack, read_record, summary, unpack
 from ldm.data.loading.shard_source import ShardSource
 from ldm.data.order.buckets import Sizes
+from ldm.data.shards.picture import BadSample
 from ldm.data.shards.write import write_shard
 from ldm.errors import UserError
 from tests.data import make
@@ -151,6 +152,14 @@ def test_other_sizes_and_folders_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no cached latents"):
         LatentSource(str(tmp_path / "pictures")).manifest()
     assert record(source).name != record(source, size=32).name
+
+
+@pytest.mark.parametrize("cut", [0, 4, 40, -1])
+def test_cut_latents_are_a_bad_sample(cut: int) -> None:
+    data = pack({"moments": np.zeros((1, 2, 1, 1, 1), np.float16)})
+    assert unpack(data)["moments"].shape == (1, 2, 1, 1, 1)
+    with pytest.raises(BadSample, match="corrupt latents"):
+        unpack(data[:cut])
 
 
 def test_a_frozen_crop_is_refused() -> None:

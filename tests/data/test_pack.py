@@ -19,7 +19,8 @@ from ldm.data.loading.fetch import Fetcher, View
 from ldm.data.shards import pack as packing_module
 from ldm.data.shards.index import load_manifest
 from ldm.data.shards.index import main as index_main
-from ldm.data.shards.pack import Packing, encode, in_val, main, pack
+from ldm.data.shards.pack import in_val, main, pack
+from ldm.data.shards.packing import Packing
 from ldm.data.shards.shards import expand
 from ldm.errors import UserError
 from tests.data.make import picture
@@ -33,6 +34,11 @@ def source(tmp_path: Path) -> Path:
         (folder / f"p{i:02d}.png").write_bytes(picture(i, (20, 30)))
         (folder / f"p{i:02d}.txt").write_text(f"words {i}")
     return folder
+
+
+def encode(data: bytes, packing: Packing) -> tuple[bytes, str, tuple[int, int]]:
+    stored, kind, facts = packing.encode(data)
+    return stored, kind, (facts["width"], facts["height"])
 
 
 def read(folder: Path) -> list[dict[str, Any]]:
@@ -115,11 +121,11 @@ def test_a_killed_packing_goes_on_to_the_same_bytes(source: Path, tmp_path: Path
     while _locked(out):  # its workers end with it
         time.sleep(0.01)
     kept = {path: path.stat().st_mtime_ns for path in out.glob("*.tar")}
-    (out / ".00019.tar.1.unfinished").write_bytes(b"left by a killed process")
+    (out / ".00019.tar.1234abcd.tmp").write_bytes(b"left by a killed process")
     done = pack(source, out, packing)
     assert 2 <= done.kept_shards < done.shards == 20
     assert all(path.stat().st_mtime_ns == before for path, before in kept.items())
-    assert list(out.glob(".*.unfinished")) == []
+    assert list(out.glob(".*.tmp")) == []
     pack(source, tmp_path / "whole", packing)
     for path in (tmp_path / "whole").glob("*.tar"):
         assert path.read_bytes() == (out / path.name).read_bytes()
@@ -234,7 +240,7 @@ def test_the_command_tells_counts_and_broken_pictures(
     ("options", "told"),
     [
         (["--format", "gif"], "format must be one of jpg, png, webp, got gif"),
-        (["--background", "nocolour"], "nocolour is no colour"),
+        (["--background", "nocolour"], "nocolour is not a colour"),
         (["--val-fraction", "1"], r"val-fraction must be in \[0, 1\)"),
         (["--shard-samples", "0"], "must be at least 1"),
         (["--size", "0"], "size must be at least 1, got 0"),

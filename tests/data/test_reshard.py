@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import webdataset
 
-from ldm.data.shards.pack import Packing, main, pack
+from ldm.data.shards.pack import main, pack
+from ldm.data.shards.packing import Packing
 from ldm.data.shards.shards import expand
 from ldm.data.shards.write import write_shard
 from ldm.errors import UserError

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from ldm.data.shards.pack_source import read_source
+from ldm.data.shards.packing import Packing
 from ldm.errors import UserError
 from tests.data.make import picture
 
@@ -75,11 +76,11 @@ def test_keys_have_no_dots_and_equal_ones_are_told_apart(tmp_path: Path) -> None
     [
         ("t.csv", "file,caption\nx.png,words\n", "row 1 lacks path; it has file, caption"),
         ("t.csv", "path,caption\nnone.png,words\n", "none.png does not exist"),
-        ("t.jsonl", "{no json\n", "line 1 is no JSON"),
-        ("t.jsonl", "[1]\n", "line 1 is no JSON object"),
+        ("t.jsonl", "{no json\n", "line 1 is not JSON"),
+        ("t.jsonl", "[1]\n", "line 1 is not a JSON object"),
         ("t.csv", "path,caption\nx.png,one\nx.png,two\n", "listed more than once"),
-        ("t.txt", "", "no folder and no .csv, .jsonl, .parquet table"),
-        ("t.parquet", "words", "needs pyarrow|no Parquet table"),
+        ("t.txt", "", "not a folder, a .csv, .jsonl, .parquet table"),
+        ("t.parquet", "words", "needs pyarrow|not a Parquet table"),
     ],
 )
 def test_tables_that_do_not_fit_are_refused(tmp_path: Path, name: str, text: str, told: str) -> None:
@@ -118,8 +119,8 @@ def test_a_parquet_table_is_a_table(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     parquet(tmp_path / "t.parquet", rows, monkeypatch)
     entries, left_out = read_source(tmp_path / "t.parquet")
     assert left_out == {"without caption": 1} and entries[0].facts == {"score": 6.5, "day": when}
-    described = json.loads(entries[0].parts(lambda data: (data, "png", (1, 2)), False)["json"])
-    assert (described["score"], described["day"], described["height"]) == (6.5, "2026-01-02", 2)
+    described = json.loads(entries[0].parts(Packing())["json"])
+    assert (described["score"], described["day"], described["height"]) == (6.5, "2026-01-02", 16)
 
 
 def test_a_parquet_table_without_pyarrow_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -124,4 +124,4 @@ def test_garbage_in_place_of_a_header_is_found(tmp_path: Path) -> None:
     data[2048 + 10] ^= 1
     path.write_bytes(data)
     assert damage(str(path)) == {"truncated": 1}
-    assert "byte 2048 is no tar header" in scan_shard(str(path)).examples[0]
+    assert "byte 2048 is not a tar header" in scan_shard(str(path)).examples[0]

@@ -71,7 +71,7 @@ def test_the_network_sees_edms_scaled_input() -> None:
     z, t = torch.full((2, 1, 1, 1), 60.0), torch.tensor([30.0, 30.0], dtype=torch.float64)
     denoiser.bind({})(z, t)
     denoiser.bind({})(z, torch.tensor([30.0, 60.0], dtype=torch.float64))
-    denoiser.output(z, t, denoiser.schedule(t), {})
+    denoiser.output(z, t, denoiser.schedule(t).like(z), {})
     expected = [60 / 901**0.5, 60 / 901**0.5, 60 / 901**0.5, 60 / 3601**0.5, 60 / 901**0.5, 60 / 901**0.5]
     assert torch.cat(seen).flatten().tolist() == pytest.approx(expected)
 

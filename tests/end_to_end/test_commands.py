@@ -10,14 +10,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import ldm.config.compose
+from ldm.checkpoint import fingerprint
 from ldm.evaluation.protocol import digest
+from ldm.interop.model_folder import find_model_folder
 
 ROOT = Path(__file__).parents[2]
 TINY = ["experiment=quickstart", "variant=tiny"]
 
 
-def run(script: str, *arguments: str) -> "subprocess.CompletedProcess[str]":
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+def run(script: str, *arguments: str, code: Path = ROOT) -> "subprocess.CompletedProcess[str]":
+    """A command line; `code` is a folder with packages of the user's own."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{code}"}
     command = [sys.executable, str(ROOT / script), *arguments]
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, check=False)
 
@@ -47,6 +51,11 @@ def pixels(path: Path) -> "np.ndarray[tuple[int, ...], np.dtype[np.int16]]":
 def test_images_are_the_same_in_any_batch(trained: Path, tmp_path: Path) -> None:
     common = [f"checkpoint={trained}", "prompt=a large red circle at the upper left", "steps=3"]
     few = run("sample.py", *common, "n=4", "seed=3", f"out={tmp_path / 'few'}")
+    assert few.stdout.splitlines()[-2:] == [
+        f"{tmp_path}/few/00000_seed6.png",
+        f"4 images and grid.png written to {tmp_path}/few/",
+    ]
+    assert "step/s" in few.stderr and "step/s" not in few.stdout
     many = run("sample.py", *common, "n=8", "seed=0", f"out={tmp_path / 'many'}", "batch_size=5")
     assert (few.returncode, many.returncode) == (0, 0), few.stderr + many.stderr
     for seed in range(3, 7):
@@ -61,24 +70,23 @@ def test_images_are_the_same_in_any_batch(trained: Path, tmp_path: Path) -> None
 
 def test_a_contact_sheet_on_two_devices_and_one_of_its_pictures_again(trained: Path, tmp_path: Path) -> None:
     how = [f"checkpoint={trained}", "prompt=a large red circle, at the upper left (really)", "grid=trailing", "n=2",
-           "grid.x=guidance_scale=1,3", "grid.y=sampler=ddim,dpmpp_2m", "steps=3", "batch_size=2"]  # fmt: skip
+           "sheet.x=guidance_scale=1,3", "sheet.y=sampler=ddim,dpmpp_2m", "steps=3", "batch_size=2"]  # fmt: skip
     one = run("sample.py", *how, f"out={tmp_path / 'one'}")
     two = run("sample.py", *how, f"out={tmp_path / 'two'}", "devices=2")
     assert (one.returncode, two.returncode) == (0, 0), one.stderr + two.stderr
-    assert "step/s" in one.stderr
     pictures = sorted(path.relative_to(tmp_path / "one") for path in (tmp_path / "one").rglob("*.png"))
     assert len(pictures) == 2 * 2 * 2 + 1  # cells of two, and the sheet
     for path in pictures:
         assert (tmp_path / "one" / path).read_bytes() == (tmp_path / "two" / path).read_bytes()
     again = run("sample.py", f"from={tmp_path / 'two' / pictures[3]}", f"out={tmp_path / 'again'}")
     assert again.returncode == 0, again.stderr
-    assert "the same, bit for bit" in again.stdout
-    assert (pixels(tmp_path / "again" / pictures[3].name) == pixels(tmp_path / "one" / pictures[3])).all()
+    difference = pixels(tmp_path / "again" / "00000_seed1.png") - pixels(tmp_path / "one" / pictures[3])
+    assert np.abs(difference).max() <= 1  # it stood in another batch
     other = run("sample.py", f"from={tmp_path / 'one' / pictures[0]}", f"checkpoint={trained}/base", f"out={tmp_path}")
     assert other.returncode == 1 and "trained again or replaced" in other.stderr
 
 
-def test_a_picture_is_painted_anew_where_the_mask_is_white(trained: Path, tmp_path: Path) -> None:
+def test_a_picture_is_painted_where_the_mask_is_white(trained: Path, tmp_path: Path) -> None:
     given, mask = np.full((32, 32, 3), 90, np.uint8), np.zeros((16, 16), np.uint8)
     mask[:, 8:] = 255
     Image.fromarray(given).save(tmp_path / "given.png")
@@ -137,8 +145,26 @@ def test_without_weights_the_other_metrics_are_measured(
     assert "bicubic antialias to 128" in protocol["metrics"]["Kernel(efficientnet-lite0)"]
     assert "32x32" in protocol["reference"] and len(protocol["prompts"]) == 64 and len(protocol["weights"]) == 16
     assert {"python", "torch", "ldm", "transformers"} <= protocol["versions"].keys()
+    folder = find_model_folder(trained, "diffusion")  # the weights of the record are the averages that were evaluated
+    assert protocol["weights"] == fingerprint(folder.weights("ema")) != folder.record["fingerprint"]
     content = {name: samples[name] for name in ("format", "protocol", "metrics")}
     assert samples["provenance"] == digest(content)
+
+
+@pytest.mark.skipif(not hasattr(ldm.config.compose, "load_option"), reason="groups are looked up in configs/ alone")
+def test_a_metric_of_ones_own_is_a_class_and_a_file(trained: Path, tmp_path: Path) -> None:
+    blocks = (ROOT / "docs" / "evaluate.md").read_text().split("```")
+    code = next(block for block in blocks if block.startswith("python\n# mine.py")).removeprefix("python\n")
+    node = next(block for block in blocks if "_target_: mine.Brightness" in block).removeprefix("yaml\n")
+    (tmp_path / "configs" / "metric").mkdir(parents=True)
+    (tmp_path / "mine.py").write_text(code)
+    (tmp_path / "configs" / "metric" / "brightness.yaml").write_text(node)
+    done = run("evaluate.py", "--config-dir", str(tmp_path / "configs"), f"checkpoint={trained}", "guidance_scale=1",
+               "n=4", "steps=2", "metrics=[brightness]", f"out={tmp_path}/out", code=tmp_path)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert all(0 < row["metrics"]["brightness"]["value"] < 1 for row in rows)
+    assert "%" in (tmp_path / "out" / "table.md").read_text()
 
 
 def test_a_finished_run_is_not_trained_again(trained: Path, tiny_shapes: Path) -> None:
@@ -166,11 +192,10 @@ def test_two_processes_share_one_run_folder(tiny_shapes: Path, tmp_path: Path) -
         ("train.py", ["experiment=quickstart", "trainer.devices=4096"], "this machine has"),
         ("train.py", ["experiment=quickstart", "resume=/nowhere"], "nothing is there"),
         ("sample.py", ["checkpoint=/nowhere", "prompt=x"], "nothing is there"),
-        ("sample.py", ["checkpoint=/nowhere", "prompt=x", "steps=0"], "steps=0"),
-        ("sample.py", ["checkpoint=/nowhere"], "prompt"),
         ("sample.py", ["prompt=x"], "checkpoint: not given"),
-        ("sample.py", ["checkpoint=/nowhere", "prompt=x", "grid.x=guidance_scal=1,2"], "did you mean guidance_scale"),
+        ("sample.py", ["checkpoint=/nowhere", "prompt=x", "guidance_scal=2"], "did you mean guidance_scale"),
         ("evaluate.py", ["checkpoint=/nowhere"], "nothing is there"),
+        ("evaluate.py", ["checkpoint=/nowhere", "n=1"], "n=1: expected a whole number, 2 or more"),
     ],
 )
 def test_wrong_input_is_one_message_and_exit_status_1(
@@ -185,11 +210,16 @@ def test_wrong_input_is_one_message_and_exit_status_1(
 
 def test_what_a_trained_model_cannot_do_is_refused(trained: Path, tmp_path: Path) -> None:
     common = [f"checkpoint={trained}", "prompt=a small blue star in the centre", "steps=2", f"out={tmp_path}"]
-    size = run("sample.py", *common, "size=[30,30]")
-    kind = run("sample.py", *common, f"checkpoint={trained}/first_stage")
-    assert (size.returncode, kind.returncode) == (1, 1)
-    assert "factor 4" in size.stderr
-    assert "first_stage" in kind.stderr
+    for given, message in (
+        (["size=[30,30]"], "factor 4"),
+        (["steps=0"], "steps=0"),
+        (["prompt=null"], "this model reads a text (caption)"),
+        (["sheet.x=guidance_scal=1,2"], "did you mean guidance_scale"),
+        ([f"checkpoint={trained}/first_stage"], "first_stage"),
+    ):
+        done = run("sample.py", *common, *given)
+        assert done.returncode == 1 and "Traceback" not in done.stderr
+        assert message in done.stderr
 
 
 def test_a_prompt_over_the_models_length_is_cut_and_told(trained: Path, tmp_path: Path) -> None:

@@ -11,12 +11,14 @@ from PIL import Image
 from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
 from ldm.errors import UserError
-from ldm.evaluation.clip_score import CLIPScore, preparation
+from ldm.evaluation.clip_score import CLIPScore
 from ldm.evaluation.metric import Batch
+from ldm.evaluation.preparation import Preparation
 
 CAPTIONS = ["a red circle above a blue square", "a blue circle", "a red square"]
 LENGTH = 12
 SIZE = 32
+PREPARATION = Preparation(SIZE, (SIZE, SIZE))
 
 
 @pytest.fixture
@@ -35,7 +37,7 @@ def test_preprocessing_is_transformers(shape: tuple[int, int]) -> None:
     picture = np.array(smooth.resize((shape[1], shape[0]), Image.Resampling.BICUBIC))
     processor = CLIPImageProcessorPil(size={"shortest_edge": SIZE}, crop_size={"height": SIZE, "width": SIZE})
     expected = torch.as_tensor(np.asarray(processor(Image.fromarray(picture))["pixel_values"][0]))
-    found = preparation(SIZE)(torch.from_numpy(picture).permute(2, 0, 1)[None].float())[0]
+    found = PREPARATION(torch.from_numpy(picture).permute(2, 0, 1)[None].float())[0]
     assert (found - expected).abs().max() < 1.1 / 255 / 0.26  # a level
 
 
@@ -43,7 +45,7 @@ def test_the_score_is_the_cosine_of_the_models_features(metric: CLIPScore, tiny_
     model, tokenizer = CLIPModel.from_pretrained(tiny_clip), CLIPTokenizer.from_pretrained(tiny_clip)
     tokens = tokenizer(CAPTIONS, padding=True, return_tensors="pt")
     with torch.inference_mode():
-        outputs = model(pixel_values=preparation(SIZE)((images(3) * 255).round()), **tokens)
+        outputs = model(pixel_values=PREPARATION((images(3) * 255).round()), **tokens)
     cosine = F.cosine_similarity(outputs.image_embeds, outputs.text_embeds)
     assert torch.allclose(metric.scores(images(3), CAPTIONS), 100 * cosine.clamp(min=0), atol=1e-4)
     assert cosine.min() > 0 and cosine.std() > 0.01
@@ -71,6 +73,7 @@ def test_padding_and_batches_change_nothing(metric: CLIPScore) -> None:
 
 
 def test_it_says_what_it_depends_on(metric: CLIPScore, tiny_clip: Path) -> None:
+    assert metric.preparation == PREPARATION
     (description,) = metric.descriptions().values()
     assert str(tiny_clip) in description and "32" in description
 

@@ -1,19 +1,25 @@
 """The metrics against numbers that are known: true pictures, closed forms; provenance; reference sets."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from ldm.data.shards.shards import write_shard
 from ldm.errors import UserError
-from ldm.evaluation.frechet import Statistics, frechet_distance
+from ldm.evaluation.evaluate import Evaluation, ReferenceSet
+from ldm.evaluation.frechet import FrechetDistance, Statistics, frechet_distance
 from ldm.evaluation.interval import wilson
-from ldm.evaluation.metric import Batch
+from ldm.evaluation.kernel import KernelDistance
+from ldm.evaluation.metric import Batch, Metric
 from ldm.evaluation.protocol import Protocol, Result, Value, require_comparable
 from ldm.evaluation.reconstruction import psnr
 from ldm.examples.alignment import Alignment
 from ldm.examples.shapes import caption, splits
+from tests.data.make import sample
+from tests.evaluation.features import Given
 
 
 def pictures(n: int, size: int, relations: bool = False) -> tuple[torch.Tensor, list[str]]:
@@ -93,3 +99,36 @@ def test_results_of_different_protocols_share_no_table() -> None:
         require_comparable([a, b])
     with pytest.raises(UserError, match="seed"):
         require_comparable([a, Result(protocol(seed=1), {})], ["guidance_scale"])
+
+
+def test_a_damaged_picture_or_caption_of_a_reference_set_is_an_error(tmp_path: Path) -> None:
+    """Not a substitute, as in training: it would be measured with another caption."""
+    for name, part in (("picture", {"png": b"no picture"}), ("caption", {"txt": b"", "json": b"{}"})):
+        samples = [sample(i) for i in range(4)]
+        samples[2][1].update(part)
+        write_shard(tmp_path / name / "00000.tar", iter(samples))
+        with pytest.raises(UserError, match=r"val: 000002 in .*00000.tar cannot be evaluated on"):
+            list(ReferenceSet("val", str(tmp_path / name), (16, 16), 4))
+        assert [images.shape for images in ReferenceSet("val", str(tmp_path / name), (16, 16), 2)] == [(2, 3, 16, 16)]
+
+
+def test_two_metrics_of_one_name_are_refused_before_anything_is_measured() -> None:
+    metrics = [KernelDistance(Given()), FrechetDistance(Given()), KernelDistance(Given())]
+    with pytest.raises(UserError, match=r"two metrics have the name Kernel\(given\)"):
+        Evaluation(None, metrics, None, protocol())._row(None, "samples", iter(()), {})  # type: ignore[arg-type]
+
+
+def test_the_metric_of_your_own_in_the_docs_measures_what_it_says() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "evaluate.md").read_text()
+    code = next(block for block in page.split("```python\n")[1:] if block.startswith("# mine.py")).split("```")[0]
+    names: dict[str, Any] = {}
+    exec(code, names)
+    images, captions = pictures(6, 16)
+    metric = names["Brightness"]()
+    assert isinstance(metric, Metric) and not metric.needs_reference
+    for part in (slice(0, 4), slice(4, 6)):
+        metric.update(Batch(images[part], captions[part], torch.arange(6)[part]))
+    value = metric.compute()["brightness"]
+    assert value.value == pytest.approx(float(images.double().mean())) and value.unit == "share"
+    assert value.ci_low is not None and value.ci_low < value.value
+    assert set(metric.descriptions()) == {"brightness"}

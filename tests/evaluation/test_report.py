@@ -114,7 +114,7 @@ def test_the_average_does_not_lag() -> None:
     assert _average([0.0, 3.0, 0.0], 1) == [0.0, 1.0, 0.0]
 
 
-def test_the_stages_are_told() -> None:
+def test_the_stages_are_listed() -> None:
     records = [
         {"stage": "first_stage", "step": 100, "train_seconds": 12.6, "psnr_db": 30.04},
         {"stage": "base", "step": 2000, "train_seconds": 100.0},

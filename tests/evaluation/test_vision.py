@@ -42,8 +42,8 @@ def test_clip_gives_its_projected_embedding(tiny_clip: Path) -> None:
     assert features(tensor(image)).shape == (1, 8)
     assert torch.allclose(features(tensor(image)), expected, atol=0.02)  # a level of 255 in the input
     assert features.frechet_label == "Frechet(tiny-clip)" and features.kernel_label == "Kernel(tiny-clip)"
-    for told in (features.fingerprint, "image_embeds", "bicubic antialias to 32, centre crop 32x32"):
-        assert told in features.description
+    for part in (features.fingerprint, "image_embeds", "bicubic antialias to 32, centre crop 32x32"):
+        assert part in features.description
 
 
 def test_dinov2_gives_its_class_token(tiny_dinov2: Path) -> None:
@@ -73,18 +73,18 @@ def test_features_do_not_depend_on_the_batch(tiny_dinov2: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("told", "expected"),
+    ("processor", "expected"),
     [
         ({"size": {"height": 32, "width": 24}, "resample": 2}, "bilinear antialias to 32x24, centre crop 32x24"),
         ({"size": 32, "resample": 3}, "bicubic antialias to 32, centre crop 32x32"),
         ({"size": {"shortest_edge": 40}, "resample": 3, "crop_size": 32}, "bicubic antialias to 40, centre crop 32x32"),
     ],
 )
-def test_image_processors_are_followed(told: dict[str, object], expected: str) -> None:
-    told |= {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "do_center_crop": "crop_size" in told}
-    if told["size"] == 32:
-        told["do_center_crop"], told["crop_size"] = True, {"height": 32, "width": 32}
-    preparation = Preparation.from_processor(told, "x")
+def test_image_processors_are_followed(processor: dict[str, object], expected: str) -> None:
+    processor |= {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "do_center_crop": "crop_size" in processor}
+    if processor["size"] == 32:
+        processor["do_center_crop"], processor["crop_size"] = True, {"height": 32, "width": 32}
+    preparation = Preparation.from_processor(processor, "x")
     assert str(preparation) == expected
     out = preparation(torch.full((1, 3, 50, 60), 255.0))
     assert out.shape[-2:] == preparation.crop and torch.allclose(out, torch.ones(()))
@@ -92,15 +92,15 @@ def test_image_processors_are_followed(told: dict[str, object], expected: str) -
 
 @pytest.mark.parametrize("change", [{"resample": 1}, {"size": {}}, {"image_mean": None}, {"do_center_crop": False}])
 def test_image_processors_that_cannot_be_followed_are_refused(change: dict[str, object], tiny_clip: Path) -> None:
-    told = json.loads((tiny_clip / "preprocessor_config.json").read_text()) | change
+    processor = json.loads((tiny_clip / "preprocessor_config.json").read_text()) | change
     with pytest.raises(UserError, match=r"preprocessor_config.json has to give"):
-        Preparation.from_processor(told, "x")
+        Preparation.from_processor(processor, "x")
     with pytest.raises(UserError, match="does not fit"):
         Preparation(32, (33, 32))
 
 
 @pytest.mark.parametrize("kind", [ClipFeatures, ClassTokenFeatures, PooledFeatures])
-def test_a_model_that_is_not_there_is_told_with_how_to_get_it(kind: type[VisionFeatures]) -> None:
+def test_a_model_that_is_not_there_is_reported_with_how_to_get_it(kind: type[VisionFeatures]) -> None:
     with pytest.raises(UserError, match="hf download facebook/dinov2-large --local-dir FOLDER"):
         kind("facebook/dinov2-large")
 

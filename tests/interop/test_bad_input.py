@@ -5,6 +5,7 @@ import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -223,6 +224,33 @@ def with_metadata(text: str) -> Callable[[Path, Path], Path]:
     return make
 
 
+def with_description(change: Callable[[dict[str, Any]], object], tokenizers: int = 1) -> Callable[[Path, Path], Path]:
+    """The whole file with another model in its metadata."""
+
+    def make(whole: Path, path: Path) -> Path:
+        tensors, metadata = load_tensors(whole / "whole.safetensors")
+        value = json.loads(metadata["ldm"])
+        change(value["config"]["model"])
+        value["tokenizers"] *= tokenizers
+        save_tensors(path / "model.safetensors", tensors, {"ldm": json.dumps(value)})
+        return path / "model.safetensors"
+
+    return make
+
+
+def with_tokenizer_file(name: str) -> Callable[[Path, Path], Path]:
+    """The whole file with another file in its tokenizer."""
+
+    def make(whole: Path, path: Path) -> Path:
+        tensors, metadata = load_tensors(whole / "whole.safetensors")
+        value = json.loads(metadata["ldm"])
+        value["tokenizers"][0][name] = "{}"
+        save_tensors(path / "model.safetensors", tensors, {"ldm": json.dumps(value)})
+        return path / "model.safetensors"
+
+    return make
+
+
 def without_first_stage(tensors: dict[str, torch.Tensor]) -> None:
     for name in [name for name in tensors if name.startswith("first_stage_model.")]:
         del tensors[name]
@@ -250,7 +278,7 @@ def without_transformers(tensors: dict[str, torch.Tensor]) -> None:
         (changed, "model.diffusion_model.time_embed.0.bias: [3] in the file, [128] expected"),
         (without_text, "UNet without a text encoder"),
         (without_a_shard, "00002-of-"),
-        (something_else, "no model that is known here"),
+        (something_else, "not a model that is known here"),
         (lambda whole, path: path / "nowhere", "nothing is there"),
         (named("oft_unet_down_blocks_0.oft_blocks"), "holds a LoRA"),
         (named("controlnet_cond_embedding.conv_in.weight"), "holds a ControlNet"),
@@ -300,7 +328,7 @@ def without_transformers(tensors: dict[str, torch.Tensor]) -> None:
         (own("weights.safetensors"), "no file at"),
         (own(config="a: ["), "its config.yaml is not the one of a model"),
         (own(config="{}"), "its config.yaml is not the one of a model"),
-        (with_tensors(upscaler), "takes 7 channels and gives 4, beside a first stage of 4: known here are 4, and 9"),
+        (with_tensors(upscaler), "takes 7 channels and gives 4, next to a first stage of 4: known here are 4, and 9"),
         (with_tensors(lambda t: t[UNET + "out.2.bias"].fill_(float("nan"))), "NaN or infinities in denoiser.network"),
         (with_tensors(without_transformers), "it has no "),
         (with_tensors(lambda t: t.pop(UNET + "input_blocks.0.0.weight")), "has no 'input_blocks.0.0.weight'"),
@@ -308,11 +336,30 @@ def without_transformers(tensors: dict[str, torch.Tensor]) -> None:
         (with_tensors(one_of_another_width), "attn2.to_k.weight: [32, 77] in the file, [32, 64] expected"),
         (with_metadata("{"), "its metadata 'ldm' are not readable"),
         (with_metadata("[1]"), "its metadata 'ldm' are not readable"),
-        (with_metadata('{"architecture": {"first_stage": {}}}'), "the description of the model in the file is not"),
+        (with_metadata('{"config": {"model": {}}, "tokenizers": []}'), "its metadata 'ldm' are not readable"),
+        (with_description(lambda node: node.pop("denoiser")), "its metadata 'ldm' are not readable"),
         (
-            with_metadata('{"architecture": {"first_stage": {}, "texts": [], "numbers": [], "size": [1, 1]}}'),
-            "its metadata 'ldm' do not describe a model",
+            with_description(lambda node: node["denoiser"]["network"].update(_target_="os.system", command="ls")),
+            "describes a model with 'os.system', which is not known here",
         ),
+        (
+            with_description(lambda node: node["conditioner"]["tokenizer"].update(_partial_=True)),
+            "describes a model with '_partial_', which is not known here",
+        ),
+        (
+            with_description(lambda node: node["first_stage"].update(latent_std="${oc.env:HOME}")),
+            "describes a model with an interpolation",
+        ),
+        (
+            with_description(lambda node: node.update(denoiser=node["first_stage"])),
+            "has no counterpart in other formats; expected ldm.diffusion.denoiser.Denoiser",
+        ),
+        (
+            with_description(lambda node: node["denoiser"]["network"].update(channel_mult=3)),
+            "the description of its model does not build",
+        ),
+        (with_description(lambda node: None, tokenizers=2), "has 2 tokenizers, not one for each text encoder"),
+        (with_tokenizer_file("../../escaped.json"), "has a tokenizer's file '../../escaped.json'"),
         (with_tensors(without_first_stage), "has no first stage (first_stage_model.*)"),
         (with_tensors(lambda t: t.update({"extra.weight": torch.zeros(1)})), "unexpected extra.weight"),
     ],

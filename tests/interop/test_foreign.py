@@ -13,14 +13,16 @@ from torch import Tensor
 from ldm.checkpoint import load_tensors, save_tensors
 from ldm.diffusion.schedule import ScaledLinear
 from ldm.errors import UserError
+from ldm.interop import nodes
 from ldm.interop.convert import convert, main, read
 from ldm.interop.diffusers_folder import write_diffusers
 from ldm.interop.names import first_stage_to_diffusers, text_to_open_clip
 from ldm.interop.own_folder import write_own
-from ldm.interop.package import Architecture, Package, Text, made, shapes_of_first_stage, shapes_of_text
-from ldm.interop.single_file import _sd2_text, write_single_file
+from ldm.interop.package import Package, to_layout
+from ldm.interop.recognise import sd2_text
+from ldm.interop.single_file import write_single_file
 
-from .tiny import first_stage, package, same, weights
+from .tiny import alone, description, first_stage, package, same, state
 
 CLIP, OPEN_CLIP = "cond_stage_model.transformer.", "cond_stage_model.model."
 UNET_FILE = "diffusion_pytorch_model.safetensors"
@@ -43,16 +45,9 @@ def changed_json(path: Path, **changes: Any) -> None:
     path.write_text(json.dumps({name: v for name, v in value.items() if v is not None}))
 
 
-def vae(codebook: dict[str, int] | None = None, attended: bool = False) -> Package:
-    torch.manual_seed(0)
-    channels = 3 if codebook else 4
-    arguments = first_stage(codebook, channels)
-    for part in ("encoder", "decoder"):
-        arguments[part]["attention_levels"] = [False, attended]
-    known = Architecture(arguments)
-    state = {f"first_stage.{n}": t for n, t in weights(shapes_of_first_stage(known)).items()}
-    state |= {"first_stage.latent_mean": torch.zeros(channels), "first_stage.latent_std": torch.ones(channels)}
-    return Package(known, state, latents_told=False)
+def vae(entries: int | None = None, attended: bool = False) -> Package:
+    described = first_stage(entries, 3 if entries else 4, attention_levels=[False, attended])
+    return alone(described, has_latent_stats=False)
 
 
 # ------------------------------------------------------------------------------------------------- single files
@@ -69,7 +64,7 @@ def test_sd_2_in_the_layout_of_sd_turbo(tmp_path: Path) -> None:
     tensors = {n.replace(OPEN_CLIP, place): t for n, t in tensors_of("sd2", tmp_path).items()}
     found = read(saved(tensors | {f"{place}text_projection": torch.zeros(64, 64)}, tmp_path), prediction="epsilon")
     # with a projection the last layer is the one that SD 2 leaves out
-    assert found.architecture.texts[0].config["layers"] == 1
+    assert found.model["conditioner"]["encoder"]["layers"] == 1
     same(read(saved(tensors, tmp_path), prediction="epsilon").state, package("sd2", tmp_path).state)
 
 
@@ -77,11 +72,12 @@ def test_sd_2_in_the_layout_of_sd_turbo(tmp_path: Path) -> None:
 def test_sd_2_uses_23_layers_whatever_the_file_has(layers: int, projected: bool) -> None:
     """Published files have the tower whole; others leave out its last layer, the projection, or one of both."""
     config = dict(hidden_size=1024, layers=layers, heads=16, intermediate=4096, vocab=49408, max_position=77)
-    names = shapes_of_text(Text({**config, "act": "gelu", "bos": 49406, "eos": 49407, "pad": 49407}))
-    tower = made(names, text_to_open_clip(names))
+    node = nodes.text_conditioner({**config, "act": "gelu", "bos": 49406, "eos": 49407, "pad": 49407})
+    names = nodes.text_shapes(node)
+    tower = to_layout(names, text_to_open_clip(names))
     tower |= {"text_projection": torch.zeros(1024, 1024, device="meta")} if projected else {}
-    text, unused = _sd2_text(tower, "file")
-    assert text.config["layers"] == 23
+    text, unused = sd2_text(tower, "file")
+    assert text["encoder"]["layers"] == 23
     left = {name for name in tower if f"{OPEN_CLIP}{name}".startswith(unused)}
     assert ("text_projection" in left) == projected
     assert any(name.startswith("transformer.resblocks.23.") for name in left) == (layers == 24)
@@ -126,9 +122,9 @@ def test_what_sd_2_predicts_is_told_where_it_was_assumed(tmp_path: Path, capsys:
     given = ["--to", "single_file", "--prediction", "epsilon"]
     assert main([str(file), str(tmp_path / "base.safetensors"), *given]) == 0
     assert capsys.readouterr().err == ""
-    found = read(tmp_path / "base.safetensors").architecture
-    assert (found.prediction, found.size) == ("Epsilon", (512, 512))
-    assert read(tmp_path / "assumed.safetensors").architecture.size == (768, 768)
+    found = read(tmp_path / "base.safetensors")
+    assert (found.prediction, found.config["data"]["size"]) == ("Epsilon", [512, 512])
+    assert read(tmp_path / "assumed.safetensors").config["data"]["size"] == [768, 768]
 
 
 @pytest.mark.parametrize(
@@ -145,7 +141,7 @@ def test_a_file_may_say_what_it_predicts(
 ) -> None:
     tensors = tensors_of("sdxl", tmp_path) | {name: torch.zeros(0) for name in marks}
     found = read(saved(tensors, tmp_path, metadata))
-    assert (found.architecture.prediction, found.architecture.schedule["kind"]) == (prediction, schedule)
+    assert (found.prediction, nodes.class_name(found.model["denoiser"]["schedule"])) == (prediction, schedule)
     assert not found.notes
 
 
@@ -163,7 +159,7 @@ def test_a_prediction_against_what_is_told_is_refused(tmp_path: Path) -> None:
     for name in ("own", "folder", "file.safetensors"):
         with pytest.raises(UserError, match="says that its UNet predicts Epsilon"):
             convert(tmp_path / name, tmp_path / "out", "ldm", prediction="v")
-        assert read(tmp_path / name, prediction="epsilon").architecture.prediction == "Epsilon"
+        assert read(tmp_path / name, prediction="epsilon").prediction == "Epsilon"
     write_own(vae(), tmp_path / "vae")
     with pytest.raises(UserError, match="a first stage alone, which has no prediction"):
         read(tmp_path / "vae", prediction="v")
@@ -185,14 +181,12 @@ def old(name: str) -> str:
 
 
 @pytest.mark.parametrize("rename", [str, old], ids=["names of now", "old names"])
-@pytest.mark.parametrize("codebook", [None, {"entries": 16, "channels": 3}], ids=["kl", "vq"])
-def test_a_file_in_diffusers_names(
-    codebook: dict[str, int] | None, rename: Callable[[str], str], tmp_path: Path
-) -> None:
-    model = vae(codebook, attended=True)
-    theirs = made(model.part("first_stage."), first_stage_to_diffusers(shapes_of_first_stage(model.architecture)))
+@pytest.mark.parametrize("entries", [None, 16], ids=["kl", "vq"])
+def test_a_file_in_diffusers_names(entries: int | None, rename: Callable[[str], str], tmp_path: Path) -> None:
+    model = vae(entries, attended=True)
+    theirs = to_layout(model.state, first_stage_to_diffusers(nodes.shapes(model.model)))
     found = read(saved({rename(name): tensor for name, tensor in theirs.items()}, tmp_path))
-    assert found.architecture.first_stage == model.architecture.first_stage
+    assert description(found.model) == description(model.model)
     same(found.state, model.state)
 
 
@@ -201,7 +195,7 @@ def test_the_old_names_in_a_folder(tmp_path: Path) -> None:
     write_diffusers(model, tmp_path / "vae")
     tensors, _ = load_tensors(tmp_path / "vae" / UNET_FILE)
     save_tensors(tmp_path / "vae" / UNET_FILE, {old(name): tensor for name, tensor in tensors.items()})
-    same(read(tmp_path / "vae").part("first_stage.encoder."), model.part("first_stage.encoder."))
+    same(read(tmp_path / "vae").part("encoder."), model.part("encoder."))
 
 
 def test_a_file_in_an_autoencoders_folder_is_what_the_folder_says(tmp_path: Path) -> None:
@@ -210,7 +204,7 @@ def test_a_file_in_an_autoencoders_folder_is_what_the_folder_says(tmp_path: Path
     same(read(folder / UNET_FILE).state, read(folder).state)
     (folder / UNET_FILE).rename(folder / "diffusion_pytorch_model.fp16.safetensors")
     found = read(folder / "diffusion_pytorch_model.fp16.safetensors")
-    assert found.latents_told and found.state["first_stage.latent_std"][0] == pytest.approx(1 / 0.13025)
+    assert found.has_latent_stats and found.state["latent_std"][0] == pytest.approx(1 / 0.13025)
 
 
 def test_averages_of_a_first_stage(tmp_path: Path) -> None:
@@ -218,7 +212,7 @@ def test_averages_of_a_first_stage(tmp_path: Path) -> None:
     tensors, _ = load_tensors(tmp_path / "vae.safetensors")
     average = {"model_ema." + name.replace(".", ""): tensor + 1.0 for name, tensor in tensors.items()}
     file = saved(tensors | average | {"model_ema.decay": torch.tensor(0.9)}, tmp_path)
-    name = "first_stage.decoder.conv_out.bias"
+    name = "decoder.conv_out.bias"
     assert torch.equal(read(file, "raw").state[name] + 1.0, read(file, "ema").state[name])
 
 
@@ -233,7 +227,7 @@ def test_a_scale_factor_that_a_file_does_not_tell_is_asked_for(
     assert "give --scale-factor (0.18215" in capsys.readouterr().err
     assert main([given, str(out), "--to", to, "--scale-factor", "0.13025"]) == 0
     assert capsys.readouterr().err == ""
-    std = read(out).state["first_stage.latent_std"]
+    std = read(out).state["latent_std"]
     assert torch.equal(std, torch.full((4,), 1.0 / 0.13025))
     with pytest.raises(UserError, match="says what its latents are normalised by"):
         convert(out, tmp_path / "more", "ldm", scale_factor=0.5)
@@ -244,7 +238,7 @@ def test_a_scale_factor_that_a_file_does_not_tell_is_asked_for(
 def test_a_copy_of_a_file_that_does_not_tell_does_not_tell_either(tmp_path: Path) -> None:
     write_single_file(vae(), tmp_path / "vae.safetensors")
     convert(tmp_path / "vae.safetensors", tmp_path / "copy.safetensors", "single_file")
-    assert not read(tmp_path / "copy.safetensors").latents_told
+    assert not read(tmp_path / "copy.safetensors").has_latent_stats
 
 
 # ---------------------------------------------------------------------------------------------- diffusers folders
@@ -263,9 +257,9 @@ def test_latent_statistics_of_a_folder(changes: dict[str, Any], mean: float, std
     write_diffusers(package("sdxl", tmp_path), tmp_path / "folder")
     changed_json(tmp_path / "folder" / "vae" / "config.json", **changes)
     for folder in (tmp_path / "folder", tmp_path / "folder" / "vae"):
-        state = read(folder).state
-        torch.testing.assert_close(state["first_stage.latent_mean"], torch.full((4,), mean))
-        torch.testing.assert_close(state["first_stage.latent_std"], torch.full((4,), std))
+        found = read(folder).first_stage.state
+        torch.testing.assert_close(found["latent_mean"], torch.full((4,), mean))
+        torch.testing.assert_close(found["latent_std"], torch.full((4,), std))
 
 
 def pickled(folder: Path) -> None:
@@ -315,7 +309,7 @@ def test_raw_weights_of_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[s
 def test_sizes_may_be_pairs(tmp_path: Path) -> None:
     write_diffusers(package("sd1", tmp_path), tmp_path / "folder")
     changed_json(tmp_path / "folder" / "unet" / "config.json", sample_size=[16, 24])
-    assert read(tmp_path / "folder").architecture.size == (32, 48)
+    assert read(tmp_path / "folder").config["data"]["size"] == [32, 48]
 
 
 def test_a_tokenizer_beside_ones_own_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -327,16 +321,10 @@ def test_a_tokenizer_beside_ones_own_is_told(tmp_path: Path, capsys: pytest.Capt
 
 def test_models_with_channels_of_their_own_travel_or_are_refused(tmp_path: Path) -> None:
     """LDM allows an encoder of more channels than the latent; diffusers' autoencoder does not."""
-    given = vae()
-    arguments = given.architecture.first_stage
-    arguments |= {
-        "encoder": arguments["encoder"] | {"out_channels": 12},
-        "decoder": arguments["decoder"] | {"in_channels": 6},
-    }
-    known = replace(given.architecture, first_stage=arguments)
-    state = {f"first_stage.{n}": t for n, t in weights(shapes_of_first_stage(known)).items()}
-    kept = {name: t for name, t in given.state.items() if ".latent_" in name}
-    model = Package(known, state | kept)
+    described = first_stage()
+    described["encoder"] |= {"out_channels": 12}
+    described["decoder"] |= {"in_channels": 6}
+    model = alone(described)
     write_single_file(model, tmp_path / "vae.safetensors")
     same(read(tmp_path / "vae.safetensors").state, model.state)
     with pytest.raises(UserError, match="has as many latent channels as its decoder takes"):
@@ -347,11 +335,10 @@ def test_models_with_channels_of_their_own_travel_or_are_refused(tmp_path: Path)
 def test_a_codebook_has_no_pipeline(tmp_path: Path) -> None:
     """diffusers' Stable Diffusion pipelines cannot decode with a VQModel; a single file has room for it."""
     given = package("sd1", tmp_path)
-    known = replace(given.architecture, first_stage=first_stage({"entries": 16, "channels": 4}, 4))
-    state = {n: t for n, t in given.state.items() if not n.startswith("first_stage.") or ".latent_" in n}
-    state |= {f"first_stage.{n}": t for n, t in weights(shapes_of_first_stage(known)).items()}
-    write_own(Package(known, state, given.tokenizers), tmp_path / "own")
+    described = {**given.model, "first_stage": first_stage(16)}
+    own = state(described) | {name: t for name, t in given.state.items() if ".latent_" in name}
+    write_own(replace(given, config={**given.config, "model": described}, state=own), tmp_path / "own")
     with pytest.raises(UserError, match="decode with an AutoencoderKL; this model's first stage has a codebook"):
         convert(tmp_path / "own", tmp_path / "out", "diffusers")
     convert(tmp_path / "own", tmp_path / "out.safetensors", "single_file")
-    same(read(tmp_path / "out.safetensors").state, state)
+    same(read(tmp_path / "out.safetensors").state, own)

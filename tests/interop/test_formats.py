@@ -6,17 +6,24 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
+from omegaconf import OmegaConf
 
 from ldm.checkpoint import load_tensors, save_tensors
 from ldm.config.build import load_trained
+from ldm.config.check import build
+from ldm.diffusion.schedule import Discrete, Linear, RectifiedFlow, ScaledLinear, ZeroTerminalSNR
+from ldm.errors import UserError
+from ldm.interop import nodes
 from ldm.interop.convert import cast, convert, main, read
 from ldm.interop.diffusers_folder import write_diffusers
 from ldm.interop.model_folder import find_model_folder
-from ldm.interop.own_folder import package_of, write_own
-from ldm.interop.package import Architecture, Package, shapes_of_first_stage
+from ldm.interop.own_folder import portable, read_model_folder, write_own
 from ldm.interop.single_file import write_single_file
+from ldm.sampling.ddim import DDIM
+from ldm.sampling.grid import Leading, Trailing
 
-from .tiny import first_stage, package, same, tokenizer, weights
+from .tiny import alone, description, first_stage, package, same, tokenizer, with_schedule
 
 FAMILIES = ["sd1", "sd2", "sdxl", "refiner", "inpainting"]
 
@@ -76,15 +83,12 @@ def test_a_family_is_recognised_by_keys_and_shapes(family: str, tmp_path: Path) 
     save_tensors(tmp_path / "unnamed.safetensors", tensors)
     found = read(tmp_path / "unnamed.safetensors")
     same(found.state, model.state)
-    known = found.architecture
-    given = {name: value for name, value in (model.architecture.network or {}).items() if name != "groups"}
-    assert {name: known.network[name] for name in given} == given
-    assert known.masked == model.architecture.masked
-    assert (known.prediction, known.schedule) == (model.architecture.prediction, model.architecture.schedule)
-    assert [text.config for text in known.texts] == [text.config for text in model.architecture.texts]
-    taken = [(text.layer, text.final_norm, text.pooled, text.projection_dim) for text in known.texts]
-    assert taken == [(t.layer, t.final_norm, t.pooled, t.projection_dim) for t in model.architecture.texts]
-    assert [part["field"] for part in known.numbers] == [part["field"] for part in model.architecture.numbers]
+    known, wanted = description(found.model), description(model.model)
+    assert known["denoiser"] == wanted["denoiser"]
+    assert known["first_stage"] == wanted["first_stage"]
+    assert len(nodes.conditioners(known)) == len(nodes.conditioners(wanted))
+    for part, other in zip(nodes.conditioners(known).values(), nodes.conditioners(wanted).values(), strict=True):
+        assert {**part, "default": None} == {**other, "default": None}  # of the published models' sizes
 
 
 def test_a_legacy_checkpoint_gives_averaged_or_raw_weights(tmp_path: Path) -> None:
@@ -115,28 +119,28 @@ def test_statistics_per_channel_are_folded_and_come_back(to: str, tmp_path: Path
     tensors[name] = tensors[name] + 1.0  # trained on by another tool: what was noted is out of date
     save_tensors(file, tensors, metadata)
     assert not read(out).state["first_stage.latent_mean"].any()
+    save_tensors(file, tensors, metadata | {"ldm.unfolded": metadata["ldm.unfolded"][:-40]})
+    with pytest.raises(UserError, match=r"metadata 'ldm\.unfolded' of the first stage are damaged"):
+        read(out)
 
 
 @pytest.mark.parametrize("kind", ["kl", "vq"])
 @pytest.mark.parametrize("to", ["diffusers", "single_file", "ldm"])
 def test_first_stages_alone(kind: str, to: str, tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    arguments = first_stage({"entries": 16, "channels": 3}, 3) if kind == "vq" else first_stage()
-    known = Architecture(arguments)
-    state = {f"first_stage.{n}": t for n, t in weights(shapes_of_first_stage(known)).items()}
-    channels = arguments["latent_channels"]
-    state |= {"first_stage.latent_mean": torch.rand(channels), "first_stage.latent_std": torch.rand(channels) + 1.0}
-    write_own(Package(known, state), tmp_path / "own")
+    model = alone(first_stage(16, 3) if kind == "vq" else first_stage())
+    channels = model.model["latent_channels"]
+    model.state |= {"latent_mean": torch.rand(channels), "latent_std": torch.rand(channels) + 1.0}
+    write_own(model, tmp_path / "own")
     out = tmp_path / ("out.safetensors" if to == "single_file" else "out")
     convert(tmp_path / "own", out, to)
     found = read(out)
-    same(found.state, state)
+    same(found.state, model.state)
     assert found.kind == "first_stage"
     if to == "single_file":  # by keys and shapes alone; the statistics are not among them
         save_tensors(tmp_path / "bare.safetensors", load_tensors(out)[0] | {"loss.logvar": torch.zeros(())})
         bare = read(tmp_path / "bare.safetensors")
-        assert bare.architecture.first_stage == arguments
-        same(bare.part("first_stage.encoder."), found.part("first_stage.encoder."))
+        assert description(bare.model) == description(model.model)
+        same(bare.part("encoder."), found.part("encoder."))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
@@ -156,16 +160,16 @@ def test_half_precision_on_request(to: str, dtype: torch.dtype, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("to", ["diffusers", "single_file", "ldm"])
-@pytest.mark.parametrize("kind", ["ScaledLinear", "Linear"])
-def test_a_schedule_of_zero_terminal_snr_travels(kind: str, to: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", [ScaledLinear, Linear])
+def test_a_schedule_of_zero_terminal_snr_travels(kind: type[Discrete], to: str, tmp_path: Path) -> None:
     given = package("sd2", tmp_path)
-    inner = {**given.architecture.schedule, "kind": kind}
-    schedule = {"kind": "ZeroTerminalSNR", "schedule": inner}
-    model = replace(given, architecture=replace(given.architecture, schedule=schedule))
+    betas = {name: value for name, value in given.model["denoiser"]["schedule"].items() if name != "_target_"}
+    schedule = nodes.node(ZeroTerminalSNR, schedule=nodes.node(kind, **betas))
+    model = with_schedule(given, schedule)
     write_own(model, tmp_path / "own")
     out = tmp_path / ("out.safetensors" if to == "single_file" else "out")
     convert(tmp_path / "own", out, to)
-    assert read(out).architecture.schedule == schedule
+    assert read(out).model["denoiser"]["schedule"] == schedule
     convert(out, tmp_path / "back", "ldm")
     same(read(tmp_path / "back").state, model.state)
     denoiser = load_trained(str(tmp_path / "back"), "ema", "cpu").model.denoiser
@@ -185,7 +189,25 @@ def test_the_padding_that_a_configuration_names_travels(tmp_path: Path) -> None:
     write_own(package("sd1", tmp_path), tmp_path / "model")
     tokenizer(tmp_path / "hub")
     file = tmp_path / "model" / "config.yaml"
-    node = f"    name_or_path: {tmp_path / 'hub'}\n    pad_token: '!'\n"
-    file.write_text(file.read_text().replace("    name_or_path: tokenizer\n", node))
-    found = package_of(find_model_folder(tmp_path / "model", "diffusion"), "ema")
+    config = yaml.safe_load(file.read_text())
+    config["model"]["conditioner"]["tokenizer"] |= {"name_or_path": str(tmp_path / "hub"), "pad_token": "!"}
+    file.write_text(yaml.safe_dump(config))
+    found = portable(read_model_folder(find_model_folder(tmp_path / "model", "diffusion"), "ema"))
     assert json.loads(found.tokenizers[0]["tokenizer_config.json"])["pad_token"] == "!"
+
+
+def test_a_converted_model_says_how_it_is_sampled(tmp_path: Path) -> None:
+    """As diffusers' pipelines do it, unless the model says otherwise itself."""
+    given = package("sd2", tmp_path)
+    zero_terminal = nodes.node(ZeroTerminalSNR, schedule=given.model["denoiser"]["schedule"])
+    own = given.model["denoiser"]["schedule"]
+    for schedule, grid in ((own, Leading), (zero_terminal, Trailing), (nodes.node(RectifiedFlow), Trailing)):
+        denoiser = {**given.model["denoiser"], "schedule": schedule}
+        sampling = nodes.model_config({**given.model, "denoiser": denoiser})["sampling"]
+        assert sampling["grid"] == nodes.node(grid)
+        for part in ("sampler", "grid"):
+            assert isinstance(build(OmegaConf.create(sampling[part])), {"sampler": DDIM, "grid": grid}[part])
+    few = {"sampler": {"_target_": "mine.Sampler"}, "steps": 4, "guidance_scale": 1.0}
+    write_own(replace(given, config={**given.config, "sampling": few}), tmp_path / "own")
+    convert(tmp_path / "own", tmp_path / "copy", "ldm")
+    assert yaml.safe_load((tmp_path / "copy" / "config.yaml").read_text())["sampling"] == few

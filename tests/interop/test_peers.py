@@ -1,6 +1,5 @@
 """What is written, used by diffusers: its pipelines' images, its reading of single files."""
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 from ldm.config.build import load_trained
 from ldm.diffusion.schedule import ScaledLinear, ZeroTerminalSNR
 from ldm.generation import Generator, Request, SamplingSettings
+from ldm.interop import nodes
 from ldm.interop.convert import read
 from ldm.interop.diffusers_folder import write_diffusers
 from ldm.interop.own_folder import write_own
@@ -19,7 +19,7 @@ from ldm.sampling.grid import Grid, Leading, Trailing
 from ldm.sampling.guidance import ClassifierFree
 from ldm.sampling.noise import ImageNoise
 
-from .tiny import SIDE, package, same
+from .tiny import SIDE, description, package, same, with_schedule
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -81,8 +81,7 @@ def test_the_schedules_are_the_same(tmp_path: Path) -> None:
 def test_zero_terminal_snr_is_theirs(tmp_path: Path) -> None:
     """The same schedule, and the same image from its last time, where nothing of the picture is left."""
     given = package("sd2", tmp_path)
-    schedule = {"kind": "ZeroTerminalSNR", "schedule": given.architecture.schedule}
-    model = replace(given, architecture=replace(given.architecture, schedule=schedule))
+    model = with_schedule(given, nodes.node(ZeroTerminalSNR, schedule=given.model["denoiser"]["schedule"]))
     write_own(model, tmp_path / "own")
     write_diffusers(model, tmp_path / "folder")
     pipeline = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path / "folder", local_files_only=True)
@@ -135,5 +134,5 @@ def test_folders_that_they_save_are_read(family: str, options: dict[str, Any], t
     pipeline.save_pretrained(tmp_path / "theirs", **options)
     found = read(tmp_path / "theirs")
     same(found.state, given.state)
-    assert found.architecture == replace(given.architecture, texts=found.architecture.texts)
-    assert [replace(text, prefix="text_model.") for text in found.architecture.texts] == list(given.architecture.texts)
+    assert description(found.model) == description(given.model)
+    assert found.config["data"] == given.config["data"]

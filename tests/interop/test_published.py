@@ -6,21 +6,17 @@ import pytest
 import torch
 from omegaconf import DictConfig, OmegaConf
 
+from ldm.conditioning.image import MaskedImage
 from ldm.config.compose import CONFIGS, register_resolvers
-from ldm.interop import diffusers_config, recognise
+from ldm.diffusion.prediction import Epsilon, V
+from ldm.interop import diffusers_config, nodes, recognise
 from ldm.interop.names import first_stage_as_compvis, first_stage_to_compvis, first_stage_to_diffusers
-from ldm.interop.package import Architecture, Text, made, require_fitting, shapes_of_first_stage, shapes_of_network
-from ldm.interop.single_file import (
-    SCORE,
-    SD_SCHEDULE,
-    SIZES,
-    TARGET,
-    _modern,
-    _recognised,
-    _Told,
-    _whole,
-)
-from ldm.networks.unet import UNet
+from ldm.interop.nodes import Node, text_conditioner
+from ldm.interop.package import to_layout
+from ldm.interop.recognise import micro_conditioners
+from ldm.interop.single_file import SD_SCHEDULE, Hints, layout, modern, recognised
+
+from .tiny import description
 
 FIRST_STAGES = ["kl_f4", "kl_f8", "kl_f16", "kl_f32", "vq_f4", "vq_f4_noattn", "vq_f8", "vq_f8_n256", "vq_f16"]
 CLIP_L = dict(
@@ -30,22 +26,16 @@ CLIP_L = dict(
 VIT_H = CLIP_L | dict(hidden_size=1024, layers=23, heads=16, intermediate=4096, act="gelu")
 BIG_G = CLIP_L | dict(hidden_size=1280, layers=32, heads=20, intermediate=5120, act="gelu")
 LAST: dict[str, Any] = dict(layer=-2, final_norm=False)
-FAMILIES: dict[str, dict[str, Any]] = {
-    "sd1": dict(texts=(Text(CLIP_L),)),
-    "sd1_inpainting": dict(texts=(Text(CLIP_L),), masked=True),
-    "sd2": dict(texts=(Text(VIT_H),), prediction="V", size=(768, 768)),
-    "sdxl": dict(
-        texts=(
-            Text(CLIP_L, **LAST, zero_empty_embedding=True),
-            Text(BIG_G, 1280, **LAST, pooled=True, zero_empty_embedding=True),
-        ),
-        numbers=(*SIZES, TARGET),
-        size=(1024, 1024),
-    ),
-    "sdxl_refiner": dict(
-        texts=(Text(BIG_G, 1280, **LAST, pooled=True),), numbers=(*SIZES, SCORE), size=(1024, 1024)
-    ),
-}  # fmt: skip
+SDXL_CLIP = text_conditioner(CLIP_L, **LAST, zero_empty_embedding=True)
+SDXL_BIG_G = text_conditioner(BIG_G, 1280, **LAST, pooled=True, zero_empty_embedding=True)
+REFINER_TEXT = text_conditioner(BIG_G, 1280, **LAST, pooled=True)
+FAMILIES: dict[str, tuple[list[Node], Node, list[int]]] = {  # conditioners, prediction, size
+    "sd1": ([text_conditioner(CLIP_L)], nodes.node(Epsilon), [512, 512]),
+    "sd1_inpainting": ([text_conditioner(CLIP_L), nodes.node(MaskedImage)], nodes.node(Epsilon), [512, 512]),
+    "sd2": ([text_conditioner(VIT_H)], nodes.node(V), [768, 768]),
+    "sdxl": ([SDXL_CLIP, SDXL_BIG_G, *micro_conditioners("target_size")], nodes.node(Epsilon), [1024, 1024]),
+    "sdxl_refiner": ([REFINER_TEXT, *micro_conditioners("aesthetic_score")], nodes.node(Epsilon), [1024, 1024]),
+}
 
 
 def shipped(group: str, name: str) -> dict[str, Any]:
@@ -65,58 +55,46 @@ def shipped(group: str, name: str) -> dict[str, Any]:
     return values
 
 
-def first_stage(name: str) -> dict[str, Any]:
-    values = shipped("first_stage", name)
-    book = values["regularizer"]
-    parts = {part: {k: v for k, v in values[part].items() if k != "_target_"} for part in ("encoder", "decoder")}
-    return {
-        **parts,
-        "codebook": {"entries": book["entries"], "channels": book["channels"]} if "entries" in book else None,
-        "latent_channels": values["latent_channels"],
-        "quant_conv": True,
-    }
-
-
 def sizes(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Size]:
     return {name: tensor.shape for name, tensor in tensors.items()}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_published_model_is_recognised(family: str) -> None:
-    network = {k: v for k, v in shipped("network", family).items() if k in UNet.__init__.__annotations__}
-    model = Architecture(first_stage("kl_f8"), network, schedule=SD_SCHEDULE, **FAMILIES[family])
-    require_fitting(model, family)
-    pieces, shapes = _whole(model)
-    file = _modern({piece.theirs: piece.of(shapes) for piece in pieces})
-    found, used = _recognised(file, _Told({}, {}), family, None, [])
+    conditioners, prediction, size = FAMILIES[family]
+    network = shipped("network", family)
+    first_stage = shipped("first_stage", "kl_f8")
+    model = nodes.latent_diffusion(network, nodes.conditioner(conditioners), SD_SCHEDULE, prediction, first_stage)
+    nodes.require_fitting(model, family)
+    mappings, shapes = layout(model)
+    file = modern({mapping.theirs: mapping.of(shapes) for mapping in mappings})
+    found, used = recognised(file, Hints(family, {}, {}), None)
     assert used.keys() == file.keys()
-    assert sizes(_whole(found)[1]) == sizes(shapes)
-    assert (found.texts, found.numbers, found.masked) == (model.texts, model.numbers, model.masked)
-    assert (found.prediction, found.size, found.schedule) == (model.prediction, model.size, model.schedule)
+    assert sizes(layout(found.model)[1]) == sizes(shapes)
+    assert description(found.model["conditioner"]) == description(model["conditioner"])
+    assert (found.model["denoiser"]["prediction"], found.config["data"]["size"]) == (prediction, size)
+    assert found.model["denoiser"]["schedule"] == SD_SCHEDULE
+    given = nodes.arguments(network)
     for name in ("num_heads", "head_channels", "use_linear_projection", "context_dim", "vector_dim"):
-        assert (found.network or {}).get(name) == network.get(name), name
-    with torch.device("meta"):
-        config = diffusers_config.unet_config(model, UNet(**network), 64)
-    back = Architecture(model.first_stage, diffusers_config.network_arguments(config, family))
-    assert sizes(shapes_of_network(back)) == sizes(shapes_of_network(model))
-    assert ((back.network or {})["num_heads"], (back.network or {})["head_channels"]) == (
-        network.get("num_heads"), network.get("head_channels"),
-    )  # fmt: skip
+        assert nodes.arguments(found.model["denoiser"]["network"])[name] == given[name], name
+    back = diffusers_config.unet_node(diffusers_config.unet_config(model, 64), family)
+    assert sizes(nodes.shapes(back)) == sizes(nodes.shapes(network))
+    assert (back["num_heads"], back["head_channels"]) == (given["num_heads"], given["head_channels"])
 
 
 @pytest.mark.parametrize("name", FIRST_STAGES)
 def test_a_published_first_stage_is_recognised(name: str) -> None:
-    model = Architecture(first_stage(name))
-    shapes = shapes_of_first_stage(model)
-    compvis = made(shapes, first_stage_to_compvis(shapes))
-    theirs = made(shapes, first_stage_to_diffusers(shapes))
+    model = shipped("first_stage", name)
+    shapes = nodes.shapes(model)
+    compvis = to_layout(shapes, first_stage_to_compvis(shapes))
+    theirs = to_layout(shapes, first_stage_to_diffusers(shapes))
     names = first_stage_as_compvis(theirs)
     renamed = {names[key]: tensor for key, tensor in theirs.items()}
     assert renamed.keys() == compvis.keys()
+    book = {key: model["regularizer"].get(key) for key in ("entries", "channels")}
     for file in (compvis, renamed):
-        found = Architecture(recognise.first_stage_arguments(file, name))
-        assert sizes(shapes_of_first_stage(found)) == sizes(shapes)
-        assert found.first_stage["codebook"] == model.first_stage["codebook"]
-    config = diffusers_config.first_stage_config(model, {}, 256)
-    back = Architecture(diffusers_config.first_stage_arguments(config, name))
-    assert sizes(shapes_of_first_stage(back)) == sizes(shapes)
+        found = recognise.first_stage_node(file, name)
+        assert sizes(nodes.shapes(found)) == sizes(shapes)
+        assert {key: found["regularizer"].get(key) for key in book} == book
+    back = diffusers_config.first_stage_node(diffusers_config.first_stage_config(model, {}, 256), name)
+    assert sizes(nodes.shapes(back)) == sizes(shapes)

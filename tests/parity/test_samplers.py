@@ -18,9 +18,9 @@ from torch import Tensor
 pytest.importorskip("diffusers")
 
 from benchmarks.peers import MORE_PEERS, PEERS, STEPS, Peer, scheduler_run
-from ldm.commands.sample_plan import plan, settings_of
 from ldm.config.build import build
 from ldm.config.compose import CONFIGS, compose
+from ldm.config.trained import merge_sampling, sampling_settings
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.prediction import Epsilon, V
 from ldm.diffusion.schedule import ScaledLinear
@@ -34,6 +34,7 @@ SCHEDULE = ScaledLinear()
 # whatever the samples' type, and samples in float64 differ as much: up to 1.4e-6.
 TOLERANCE = 1e-5
 ALL = PEERS | MORE_PEERS
+SAMPLING = {"guidance": {"_target_": "ldm.sampling.guidance.ClassifierFree"}, "guidance_scale": 1.0}
 
 
 class Network(ToyNetwork):
@@ -76,10 +77,10 @@ def test_the_trajectory_is_that_of_diffusers(name: str) -> None:
 
 def test_stable_diffusions_default_is_pndm_at_50_steps() -> None:
     """The command that docs/sample.md names for it, and the sheets of pictures of experiment=sd1."""
-    overrides = ["checkpoint=x", "out=x", "prompt=x", "sampler=plms", "grid=leading", "steps=50"]
-    settings = settings_of(plan(compose("sample", overrides), overrides)[0][0].knobs)
+    overrides = ["checkpoint=x", "out=x", "sampler=plms", "grid=leading", "steps=50"]
+    settings = sampling_settings(merge_sampling(SAMPLING, compose("sample", overrides)))
     agree(PEERS["plms"]._replace(sampler=settings.sampler, times=settings.times(SCHEDULE)))
-    sheets = compose("train", ["experiment=sd1"]).samples
+    sheets = compose("train", ["experiment=sd1"]).sampling
     agree(PEERS["plms"]._replace(sampler=build(sheets.sampler), times=build(sheets.grid)(SCHEDULE, sheets.steps)))
 
 

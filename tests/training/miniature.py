@@ -16,7 +16,7 @@ def launch(shapes: Path, run: Path, *more: str) -> tuple[list[Stage], dict[str, 
         f"data.train.shards={shapes}/train",
         f"data.val.shards={shapes}/val",
         f"run_folder={run}",
-        "trainer.enable_progress_bar=false",
+        "callbacks.progress=null",
         *more,
     ]
     return stages(compose("train", given), given, run)

@@ -11,7 +11,7 @@ import torch
 from pytorch_lightning.callbacks import Timer
 
 from ldm.checkpoint import load_tensors, sha256
-from ldm.config.build import load_trained
+from ldm.config.trained import load_trained
 from ldm.errors import UserError
 from ldm.generation import Generator, Request, SamplingSettings
 from ldm.interop.model_folder import open_model_folder
@@ -141,7 +141,7 @@ def test_an_early_stop_is_saved_and_goes_on_to_the_same_weights(
 ) -> None:
     more = ["stages=[base]", f"first_stage_from={finished}/first_stage", "network.dropout=0.1"]
     more += [f"curriculum.base.trainer.accumulate_grad_batches={accumulation}", "curriculum.base.trainer.max_steps=4"]
-    more += ["checkpoint.every_n_steps=100", "trainer.val_check_interval=3", "trainer.max_epochs=1"]
+    more += ["callbacks.checkpoints.every_n_steps=100", "trainer.val_check_interval=3", "trainer.max_epochs=1"]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     curriculum.run(*launch(tiny_shapes, whole, *more))
 
@@ -165,7 +165,9 @@ def test_an_early_stop_is_saved_and_goes_on_to_the_same_weights(
 def test_a_time_limit_saves_and_holds_for_the_stage(tiny_shapes: Path, tmp_path: Path) -> None:
     """trainer.max_time is Lightning's Timer, which counts the seconds of all attempts."""
     for limit, stopped in (("milliseconds", True), ("milliseconds", True), ("hours", False)):
-        (stage,), models = launch(tiny_shapes, tmp_path, "stages=[first_stage]", "checkpoint.every_n_steps=100")
+        (stage,), models = launch(
+            tiny_shapes, tmp_path, "stages=[first_stage]", "callbacks.checkpoints.every_n_steps=100"
+        )
         job = stage.build(models)
         job.trainer.callbacks.append(Timer({limit: 1}))  # type: ignore[attr-defined]
         with pytest.raises(UserError, match="ended at step 1 of 2: a time") if stopped else nullcontext():

@@ -28,7 +28,7 @@ STEPS = "curriculum.{}.trainer.max_steps=3"
 @pytest.fixture(scope="module")
 def first_stage(tiny_shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run with a finished first stage, without sheets."""
-    more = ["stages=[first_stage]", STEPS.format("first_stage"), "samples.every_n_steps=null"]
+    more = ["stages=[first_stage]", STEPS.format("first_stage"), "callbacks.images=null"]
     return train(tiny_shapes, tmp_path_factory.mktemp("off"), *more) / "first_stage"
 
 
@@ -46,7 +46,7 @@ def assert_same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
 def test_a_first_stage_trains_alike_with_and_without_sheets(
     first_stage: Path, tiny_shapes: Path, tmp_path: Path
 ) -> None:
-    more = ["stages=[first_stage]", STEPS.format("first_stage"), "samples.every_n_steps=2"]
+    more = ["stages=[first_stage]", STEPS.format("first_stage"), "callbacks.images.every_n_steps=2"]
     seen = train(tiny_shapes, tmp_path, *more) / "first_stage"
     assert sorted(path.name for path in (seen / "samples").iterdir()) == ["step_00000002.png", "step_00000003.png"]
     assert not (first_stage / "samples").exists()
@@ -72,8 +72,8 @@ def test_diffusion_trains_alike_with_and_without_sheets(
     monkeypatch.setattr(SampleSheets, "draw", watched)
     monkeypatch.setattr(sheets, "labelled_grid", noted)
     more = ["stages=[base]", f"first_stage_from={first_stage}", STEPS.format("base"), "network.dropout=0.1"]
-    off = train(tiny_shapes, tmp_path / "off", *more, "samples.every_n_steps=null") / "base"
-    on = train(tiny_shapes, tmp_path / "on", *more, "samples.every_n_steps=1") / "base"
+    off = train(tiny_shapes, tmp_path / "off", *more, "callbacks.images=null") / "base"
+    on = train(tiny_shapes, tmp_path / "on", *more, "callbacks.images.every_n_steps=1") / "base"
     assert_same(weights(on), weights(off))
     assert states == [True] * 3
     assert [labels for _, labels in drawn] == [drawn[0][1]] * 3  # the same captions each time
@@ -121,7 +121,7 @@ def test_what_makes_no_sheet_is_refused(make: Any) -> None:
 
 
 def test_a_sheet_can_be_looked_at(tiny_shapes: Path, tmp_path: Path) -> None:
-    run = train(tiny_shapes, tmp_path, "stages=[first_stage,base]", "samples.n=5")
+    run = train(tiny_shapes, tmp_path, "stages=[first_stage,base]", "callbacks.images.n=5")
     for stage in ("first_stage", "base"):
         with Image.open(run / stage / "samples" / "step_00000002.png") as image:
             assert image.width > 5 * 144

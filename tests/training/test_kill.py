@@ -141,7 +141,12 @@ def test_a_killed_run_goes_on_to_the_same_weights(
     stage: str, first_stage: Path, tiny_shapes: Path, tmp_path: Path
 ) -> None:
     more, kills, started = SCENES[stage]
-    more = [*more, f"stages=[{stage}]", f"curriculum.{stage}.trainer.max_steps=7", "checkpoint.every_n_steps=2"]
+    more = [
+        *more,
+        f"stages=[{stage}]",
+        f"curriculum.{stage}.trainer.max_steps=7",
+        "callbacks.checkpoints.every_n_steps=2",
+    ]
     more += [f"first_stage_from={first_stage}"] if stage == "base" else []
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     for folder in (whole, killed):

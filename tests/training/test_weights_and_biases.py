@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from ldm.training import weights_and_biases
+from ldm.training.loggers import log_image
 from ldm.training.weights_and_biases import WeightsAndBiases
 from tests.training.miniature import train
 
@@ -50,7 +51,7 @@ def test_it_starts_with_the_first_logging_and_a_resumed_stage_has_the_same_run(
         logger.log_hyperparams({"seed": 1})
         assert len(fake.made) == started
         logger.log_metrics({"train/loss": 1.0}, 49)
-        logger.log_sheet(tmp_path / "samples" / "step_00000050.png", 50)
+        log_image(logger, "samples", tmp_path / "samples" / "step_00000050.png", 50)
         logger.finalize("success")
     first, second = fake.made
     assert first.asked == [
@@ -78,7 +79,7 @@ def test_a_failure_is_told_once_and_it_is_not_asked_again(
     with caplog.at_level(logging.WARNING):
         for step in range(3):
             logger.log_metrics({"x": 1.0}, step)
-            logger.log_sheet(tmp_path / "s.png", step)
+            log_image(logger, "samples", tmp_path / "s.png", step)
         logger.finalize("success")
     assert len(calls) == 1
     assert [record.getMessage() for record in caplog.records] == [

@@ -1,4 +1,4 @@
-"""A training batch, and the same type for validation."""
+"""A batch for training and validation."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -7,10 +7,10 @@ from torch import Tensor
 
 
 class Batch(NamedTuple):
-    """What one rank trains on in one micro-step. B is the micro-batch; moving it moves every tensor."""
+    """The samples of one rank's micro-step. B is the micro-batch; moving it moves every tensor."""
 
-    images: Tensor  # [B, 3, H, W] float32 in [-1, 1]; [B, 0, H, W] where latents were made beforehand
-    fields: dict[str, list[str] | Tensor]  # "caption", and what was made of it beforehand, B entries each
+    images: Tensor  # [B, 3, H, W] float32 in [-1, 1]; [B, 0, H, W] with precomputed latents
+    fields: dict[str, list[str] | Tensor]  # "caption", and its precomputed states, B entries each
     samples: Tensor  # [B] int64, the sample's index in the manifest
     rng_keys: Tensor  # [B] int64, the address (seed, step, position in the global batch) of its noise
     step: int  # the optimizer step that this batch belongs to, from 0
@@ -18,5 +18,5 @@ class Batch(NamedTuple):
     crop: Tensor  # [B, 2] int64, top and left of the crop in the resized picture
     positions: Tensor  # [B] int64, the sample's position in the global batch
     global_batch: int  # samples of an optimizer step over all ranks; in validation, of the whole set
-    moments: Tensor | None = None  # [B, 2, C, h, w] float16, mean and std of the normalised latents made beforehand
+    moments: Tensor | None = None  # [B, 2, C, h, w] float16, mean and std of the normalised precomputed latents
     bad: Sequence[tuple[int, str]] = ()  # (index, reason) of each sample that had to be replaced

@@ -34,7 +34,7 @@ class CaptionChoice:
             return
         for name, weight in self.weights.items():
             if name not in (TEXT, EMPTY) and not (name.startswith(JSON) and len(name) > len(JSON)):
-                raise UserError(f"captions: there is no field {name!r}; the fields are txt, json.NAME and empty")
+                raise UserError(f"captions: unknown field {name!r}; the fields are txt, json.NAME and empty")
             if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < float("inf"):
                 raise UserError(f"captions: the weight of {name} is {weight}; it has to be a number of 0 or more")
         if not sum(self.weights.values()) > 0:

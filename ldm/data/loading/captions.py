@@ -1,4 +1,4 @@
-"""The captions of shards, one after the other, for what is made from text alone (a tokenizer)."""
+"""The captions of shards, in order, for a tokenizer."""
 
 from collections.abc import Iterator
 
@@ -9,7 +9,7 @@ from ldm.data.shards.shards import Shards
 
 
 class Captions:
-    """Iterates over the captions of shards in their order; nothing is opened before the first is asked for."""
+    """Iterates over the captions of shards in their order; they are opened when the iteration starts."""
 
     def __init__(self, shards: Shards) -> None:
         self.shards = shards

@@ -148,7 +148,7 @@ class ShardDataModule(pl.LightningDataModule):
         return select(requests, self.buckets, View.of(self.size).size, self.global_batch, self._weights())
 
     def _weights(self) -> list[float] | None:
-        """The sources' weights; None where none is given."""
+        """The sources' weights; None where no source has one."""
         by_name = {name: source.weight for name, source in self.sources.items()}
         if all(weight is None for weight in by_name.values()):
             return None

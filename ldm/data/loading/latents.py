@@ -7,19 +7,18 @@ it. The folder's record says which first stage computed them, and from what.
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors.numpy import save
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
 
 from ldm.checkpoint import write_atomic
-from ldm.data.loading.caption_choice import CaptionChoice, json_part
+from ldm.data.loading.caption_choice import json_part
 from ldm.data.loading.fetch import Fetcher, Sample, View
 from ldm.data.loading.shard_source import Source
-from ldm.data.order.selection import Selection
 from ldm.data.shards.index import Manifest, load_manifest
 from ldm.data.shards.picture import BadSample, Size
 from ldm.data.shards.tar import LATENTS, PICTURE_KINDS
@@ -33,7 +32,6 @@ KIND = PICTURE_KINDS.index(LATENTS)
 
 MOMENTS = "moments"  # [variants, 2, C, h, w]
 PLACES = "places"  # [2 + variants, 2]: (height, width) encoded and stored, then (top, left) of each crop
-KINDS: dict[str, type[np.generic]] = {"F16": np.float16, "F32": np.float32, "I32": np.int32, "BOOL": np.bool_}
 
 
 @dataclass(frozen=True)
@@ -112,50 +110,6 @@ def summary(folder: Path) -> str:
     return f"{folder}: {counts}; {facts['pictures_per_second']} pictures/s in the first of its processes"
 
 
-@dataclass(frozen=True)
-class LatentSource(Source):
-    """A folder of precomputed latents to train from, instead of a ShardSource; see Source.
-
-    shards           the folder that python -m ldm.data.cache wrote
-    where            chooses among the cached samples
-    """
-
-    @property
-    def folder(self) -> Path:
-        return Path(str(self.shards))
-
-    @property
-    def first_stage(self) -> str:
-        """The fingerprint of the first stage that computed the latents."""
-        return read_record(self.folder).first_stage
-
-    def manifest(self) -> Manifest:
-        """The manifest. Raises UserError where the cache is missing, incomplete or damaged."""
-        read_record(self.folder)
-        return load_manifest(self.shards, out=self.index)
-
-    def fetcher(
-        self,
-        manifest: Manifest,
-        sizes: Sequence[Size],
-        seed: int,
-        cache_bytes: int = 0,
-        decode: str = "exact",
-        selection: Selection | None = None,
-    ) -> "LatentFetcher":
-        """Reads latents of pictures of `sizes`; UserError where they have others. Nothing is decoded."""
-        record = read_record(self.folder)
-        if missing := set(sizes) - set(record.sizes):
-            raise UserError(
-                f"data.size, data.buckets: the latents in {self.shards} are of pictures of {_listed(record.sizes)}, "
-                f"none of {_listed(missing)}; compute others by training from the pictures with the knob latents"
-            )
-        captions = CaptionChoice(self.captions, self.require_caption)
-        fetcher = LatentFetcher(manifest, View(sizes[0]), seed, captions=captions, selection=selection)
-        fetcher.check_captions()
-        return fetcher
-
-
 class LatentFetcher(Fetcher):
     """Samples of cached latents, by index and epoch; the variant is drawn at every visit from (seed, epoch, index)."""
 
@@ -191,6 +145,40 @@ class LatentFetcher(Fetcher):
         return {name: array[row] for name, array in arrays.items()}
 
 
+@dataclass(frozen=True)
+class LatentSource(Source):
+    """A folder of precomputed latents to train from, instead of a ShardSource; see Source.
+
+    shards           the folder that python -m ldm.data.cache wrote
+    where            selects among the cached samples
+    """
+
+    fetcher_type: ClassVar[type[Fetcher]] = LatentFetcher
+
+    @property
+    def folder(self) -> Path:
+        return Path(str(self.shards))
+
+    @property
+    def first_stage(self) -> str:
+        """The fingerprint of the first stage that computed the latents."""
+        return read_record(self.folder).first_stage
+
+    def manifest(self) -> Manifest:
+        """The manifest. Raises UserError where the cache is missing, incomplete or damaged."""
+        read_record(self.folder)
+        return load_manifest(self.shards, out=self.index)
+
+    def _view(self, sizes: Sequence[Size]) -> View:
+        record = read_record(self.folder)
+        if missing := set(sizes) - set(record.sizes):
+            raise UserError(
+                f"data.size, data.buckets: the latents in {self.shards} are of pictures of {_listed(record.sizes)}, "
+                f"none of {_listed(missing)}; compute others by training from the pictures with the knob latents"
+            )
+        return View(sizes[0])
+
+
 def _listed(sizes: Iterable[Size]) -> str:
     return ", ".join(f"{height}x{width}" for height, width in sorted(sizes))
 
@@ -202,23 +190,9 @@ def pack(arrays: Mapping[str, NDArray[Any]]) -> bytes:
 
 
 def unpack(data: bytes) -> dict[str, NDArray[Any]]:
-    """The arrays of a safetensors file's bytes, without a copy. Raises BadSample for other bytes."""
+    """The arrays of a safetensors file's bytes. Raises BadSample for other bytes."""
     try:
-        start = 8 + int.from_bytes(data[:8], "little")
-        places = _places(data[8:start])
-        return {
-            name: np.frombuffer(data, kind, count, start + at).reshape(shape) for name, kind, shape, count, at in places
-        }
-    except (ValueError, KeyError, TypeError) as error:
+        arrays: dict[str, NDArray[Any]] = load(data)
+    except (SafetensorError, KeyError, ValueError) as error:
         raise BadSample("corrupt latents") from error
-
-
-@lru_cache(maxsize=64)
-def _places(header: bytes) -> list[tuple[str, type[np.generic], tuple[int, ...], int, int]]:
-    """(name, type, shape, numbers, first byte) of each array; most samples of a cache have the same header."""
-    arrays = json.loads(header)
-    return [
-        (name, KINDS[facts["dtype"]], tuple(facts["shape"]), int(np.prod(facts["shape"])), facts["data_offsets"][0])
-        for name, facts in arrays.items()
-        if name != "__metadata__"
-    ]
+    return arrays

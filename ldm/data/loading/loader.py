@@ -181,7 +181,7 @@ class StepSampler(DistributedSampler[int]):
     """The items from `start` to the end; its length counts those before `start` too.
 
     Lightning counts a resumed epoch's batches from the beginning, so the length is the whole run's. It is a
-    DistributedSampler by type alone: Lightning wraps any other sampler in one of its own, which would
+    DistributedSampler by type alone: Lightning wraps any other sampler in its own, which would
     divide among the ranks what the plan has divided already.
     """
 

@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from ldm.data.loading.caption_choice import CaptionChoice
 from ldm.data.loading.decode import decoder
@@ -32,6 +33,7 @@ class Source(ABC):
     where: str | None = None
     captions: Mapping[str, float] | None = None
     weight: float | None = None
+    fetcher_type: ClassVar[type[Fetcher]] = Fetcher
 
     @property
     def remote(self) -> Remote | None:
@@ -47,7 +49,6 @@ class Source(ABC):
     def manifest(self) -> Manifest:
         """The manifest. Raises UserError for missing, damaged or empty shards."""
 
-    @abstractmethod
     def fetcher(
         self,
         manifest: Manifest,
@@ -60,8 +61,17 @@ class Source(ABC):
         """Reads samples of `manifest` at any of `sizes` (height, width), the first by default.
 
         `selection` are the samples that are used (None: all); up to `cache_bytes` of pictures are kept decoded.
-        Raises UserError for captions that are not there.
+        Raises UserError for captions or sizes that are not there.
         """
+        captions = CaptionChoice(self.captions, self.require_caption)
+        view = self._view(sizes)
+        fetcher = self.fetcher_type(manifest, view, seed, cache_bytes, decoder(decode), captions, selection)
+        fetcher.check_captions()
+        return fetcher
+
+    @abstractmethod
+    def _view(self, sizes: Sequence[Size]) -> View:
+        """How samples become training images, at the first of `sizes`."""
 
 
 @dataclass(frozen=True)
@@ -83,18 +93,5 @@ class ShardSource(Source):
         """The manifest. Raises UserError for missing, damaged or empty shards."""
         return load_manifest(self.shards, self.allow_damaged, self.index, self.remote)
 
-    def fetcher(
-        self,
-        manifest: Manifest,
-        sizes: Sequence[Size],
-        seed: int,
-        cache_bytes: int = 0,
-        decode: str = "exact",
-        selection: Selection | None = None,
-    ) -> Fetcher:
-        """Reads pictures that cover one of `sizes`, see Source."""
-        view = View(sizes[0], self.random_crop, self.flip)
-        captions = CaptionChoice(self.captions, self.require_caption)
-        fetcher = Fetcher(manifest, view, seed, cache_bytes, decoder(decode), captions, selection)
-        fetcher.check_captions()
-        return fetcher
+    def _view(self, sizes: Sequence[Size]) -> View:
+        return View(sizes[0], self.random_crop, self.flip)

@@ -187,7 +187,7 @@ class StreamBatches(TrainBatches):
         return make_batch(fetched, rng_keys, step, positions, self.global_batch)._replace(bad=bad)
 
     def _next(self, step: int, position: int) -> Fetched:
-        """The next sample that can be used, under a number made of its key."""
+        """The next sample that can be used, under a number that is a hash of its key."""
         if self._samples is None:
             worker = get_worker_info()
             address = (self.seed, "stream", self.rank, worker.id if worker else -1, self.start)

@@ -1,9 +1,9 @@
 """Which bucket each global step serves, and how often that bucket was served before.
 
-An epoch e takes floor((e + 1) n / G) - floor(e n / G) batches of a bucket with n samples, G the global batch: what does
-not fill a batch is carried on, into a batch that the next epoch begins with. So the visits of any two samples
-differ by at most one at every step of a run, whatever their buckets, but for the first steps of an epoch, one for each
-bucket, in which the carried samples have their turn; there it may be two, since no batch may hold two buckets.
+An epoch e takes floor((e + 1) n / G) - floor(e n / G) batches of a bucket with n samples, G the global batch: the
+rest is carried over to a batch at the start of the next epoch. So the visits of any two samples differ by at most one
+at every step of a run, whatever their buckets. Only in the first steps of an epoch, one for each bucket, which use the
+carried samples, may they differ by two, since no batch holds two buckets.
 """
 
 import numpy as np
@@ -24,7 +24,7 @@ class BucketSchedule:
         self.samples = samples  # [B]
         self.global_batch = global_batch
         self._key = word(key(seed, "buckets"))
-        self._kept: dict[int, tuple[Ints, Ints]] = {}
+        self._orders: dict[int, tuple[Ints, Ints]] = {}
 
     def at(self, steps: Ints) -> tuple[Ints, Ints]:
         """(bucket, batches of that bucket before), each [S] int64, of global steps [S]."""
@@ -43,8 +43,8 @@ class BucketSchedule:
 
     def before(self, epoch: int) -> Ints:
         """How many batches of each bucket [B] come before an epoch."""
-        found: Ints = epoch * self.samples // self.global_batch
-        return found
+        batches: Ints = epoch * self.samples // self.global_batch
+        return batches
 
     def epoch(self, step: int) -> int:
         """The epoch that a global step belongs to."""
@@ -55,8 +55,8 @@ class BucketSchedule:
 
     def _order(self, epoch: int) -> tuple[Ints, Ints]:
         """(bucket, batches of it before) of each step of an epoch."""
-        if epoch in self._kept:
-            return self._kept[epoch]
+        if epoch in self._orders:
+            return self._orders[epoch]
         before = self.before(epoch)
         batches = self.before(epoch + 1) - before
         bucket = np.repeat(np.arange(len(batches)), batches)
@@ -64,7 +64,7 @@ class BucketSchedule:
         jitter = uniform(fold(fold(self._key, epoch), np.arange(len(bucket))))
         time = np.where(number == 0, jitter - 1, (number + jitter) / batches[bucket])
         order = np.argsort(time, kind="stable")
-        while len(self._kept) > 1:
-            self._kept.pop(next(iter(self._kept)))
-        found = self._kept[epoch] = (bucket[order], (before[bucket] + number)[order])
-        return found
+        while len(self._orders) > 1:
+            self._orders.pop(next(iter(self._orders)))
+        self._orders[epoch] = (bucket[order], (before[bucket] + number)[order])
+        return self._orders[epoch]

@@ -16,15 +16,15 @@ Ints = NDArray[np.int64]
 
 
 class Buckets(ABC):
-    """What sizes there are; a picture belongs to the one whose aspect ratio is nearest in its logarithm."""
+    """The training sizes; a picture belongs to the one whose aspect ratio is nearest in its logarithm."""
 
     @abstractmethod
     def sizes(self, size: Size) -> list[Size]:
-        """The sizes, given the one that the data's `size` names, in the order of their aspect ratios."""
+        """The sizes for the data's `size`, in the order of their aspect ratios."""
 
     @abstractmethod
-    def chosen(self, table: "Table", minimum: int) -> list[Size]:
-        """The sizes that are used where `table` tells their samples, of which each needs `minimum`."""
+    def choose(self, table: "Table", minimum: int) -> list[Size]:
+        """The sizes to use, given the samples in `table`; each needs `minimum` of them."""
 
 
 class AspectRatios(Buckets):
@@ -43,26 +43,26 @@ class AspectRatios(Buckets):
     def sizes(self, size: Size) -> list[Size]:
         """All that fit; UserError where none does."""
         area, step = size[0] * size[1], self.step
-        found: dict[float, Size] = {}
+        sizes: dict[float, Size] = {}
         for height in range(step, int((area * self.max_ratio) ** 0.5) + 1, step):
             for width in range(area // height // step * step, 0, -step):
                 if height * width < 0.9 * area:
                     break
                 if max(height, width) <= self.max_ratio * min(height, width):
-                    found[height / width] = max((height, width), found.get(height / width, (0, 0)))
-        if not found:
+                    sizes[height / width] = max((height, width), sizes.get(height / width, (0, 0)))
+        if not sizes:
             raise UserError(
                 f"buckets: no size of sides that {step} divides has 90 to 100 % of the area of {size[0]} x {size[1]}; "
                 "make step smaller, or size a multiple of it"
             )
-        return _ordered(list(found.values()))
+        return _ordered(list(sizes.values()))
 
-    def chosen(self, table: "Table", minimum: int) -> list[Size]:
-        """Those that are left once the smallest were left out."""
-        kept = list(range(len(table.sizes)))
-        while len(kept) > 1 and (masses := table.masses(kept)).min() < minimum:
-            kept.pop(int(masses.argmin()))
-        return [table.sizes[i] for i in kept]
+    def choose(self, table: "Table", minimum: int) -> list[Size]:
+        """Those left after the smallest are removed."""
+        places = list(range(len(table.sizes)))
+        while len(places) > 1 and (masses := table.masses(places)).min() < minimum:
+            places.pop(int(masses.argmin()))
+        return [table.sizes[i] for i in places]
 
 
 class Sizes(Buckets):
@@ -80,13 +80,13 @@ class Sizes(Buckets):
         """Those that are listed, whatever `size` is."""
         return self._sizes
 
-    def chosen(self, table: "Table", minimum: int) -> list[Size]:
+    def choose(self, table: "Table", minimum: int) -> list[Size]:
         """All of them; UserError where one lacks samples."""
         masses = table.masses(list(range(len(table.sizes))))
         if len(masses) > 1 and masses.min() < minimum:
-            told = ", ".join(f"{h} x {w}: {n}" for (h, w), n in zip(table.sizes, masses, strict=True))
+            counts = ", ".join(f"{h} x {w}: {n}" for (h, w), n in zip(table.sizes, masses, strict=True))
             raise UserError(
-                f"buckets: each size needs a global batch of samples, {minimum}; height x width: samples are {told}. "
+                f"buckets: each size needs a global batch of samples, {minimum}; height x width: samples are {counts}. "
                 "List fewer sizes, or make the global batch smaller"
             )
         return table.sizes
@@ -121,12 +121,12 @@ class Table:
         places = np.searchsorted(self.edges, log_ratios, side="right")
         return np.bincount(places, minlength=len(self.edges) + 1).astype(np.int64)
 
-    def samples(self, kept: Sequence[int]) -> Ints:
-        """The samples [D, B] of each source in each of the sizes that are kept."""
-        here = np.searchsorted(self.edges, edges([self.sizes[i] for i in kept]))
+    def samples(self, places: Sequence[int]) -> Ints:
+        """The samples [D, B] of each source in each of the sizes at these places."""
+        here = np.searchsorted(self.edges, edges([self.sizes[i] for i in places]))
         cuts = [0, *(here + 1).tolist(), len(self.edges) + 1]
         return np.array([[c[a:b].sum() for a, b in pairwise(cuts)] for c in self.counts])
 
-    def masses(self, kept: Sequence[int]) -> Ints:
-        """The samples of each kept size [B] in an epoch of as many visits as there are samples."""
-        return bucket_masses(self.samples(kept), self.weights)
+    def masses(self, places: Sequence[int]) -> Ints:
+        """The samples of each of these sizes [B] in an epoch, which has one visit per sample on average."""
+        return bucket_masses(self.samples(places), self.weights)

@@ -3,11 +3,11 @@
     AESTHETIC_SCORE > 5.0 and 512 <= width and height >= 512 and not pwatermark >= 0.5 and has(punsafe)
 
 Comparisons (also chained), `and`, `or`, `not`, `+ - * /`, numbers, columns, parentheses and `has(column)`. Nothing is
-evaluated as Python: the text is parsed by its grammar, and what is none of these is refused with its place.
+evaluated as Python: the text is parsed by its grammar, and anything else is refused with its place.
 
-A column's name counts without its case and with all but letters and digits as `_`; where there is none of that name,
+Column names are compared without case and with all but letters and digits as `_`; where no column has the name,
 aesthetic, aesthetic_score and score mean the same, punsafe and unsafe, pwatermark and watermark. A comparison
-with a value that a sample does not have is false, whichever it is, so `not x > 5` keeps samples without x and
+with a value that a sample does not have is false, whatever the operator, so `not x > 5` keeps samples without x and
 `x <= 5` does not.
 """
 
@@ -15,6 +15,7 @@ import ast
 import operator
 import re
 from collections.abc import Callable, Sequence
+from functools import reduce
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -59,7 +60,7 @@ class Columns(Protocol):
 
 
 class RuleCount(NamedTuple):
-    """A rule, and how many of the samples that passed the rules before it were kept and dropped by it."""
+    """A rule, and how many samples it kept and dropped of those that passed the rules before it."""
 
     rule: str
     kept: int
@@ -69,7 +70,7 @@ class RuleCount(NamedTuple):
 class Filter:
     """A parsed expression. Its top-level `and` terms are its rules, in order.
 
-    Raises UserError, the place shown, for what the grammar does not have.
+    Raises UserError, which shows the place, for anything outside the grammar.
     """
 
     def __init__(self, text: str) -> None:
@@ -79,7 +80,7 @@ class Filter:
         try:
             tree = ast.parse(text.strip(), mode="eval").body
         except SyntaxError as error:
-            raise self._refused(error.msg, (error.offset or len(text.strip()) + 1) - 1) from error
+            raise self._error(error.msg, (error.offset or len(text.strip()) + 1) - 1) from error
         except (RecursionError, MemoryError, ValueError) as error:
             raise UserError(f"the filter {text[:80]!r} cannot be read: {error}") from error
         rules = tree.values if isinstance(tree, ast.BoolOp) and isinstance(tree.op, ast.And) else [tree]
@@ -89,11 +90,11 @@ class Filter:
         self.names = sorted({node.id for node in ast.walk(tree) if isinstance(node, ast.Name)} - {"has"})
 
     def resolve(self, manifest: Columns) -> dict[str, str]:
-        """The manifest's column of each name. Raises UserError, with the nearest names, for one that has none."""
+        """The manifest's column of each name. Raises UserError, with the nearest names, for an unknown name."""
         spelled: dict[str, list[str]] = {}
         for column in manifest.columns:
             spelled.setdefault(_plain(column), []).append(column)
-        found = {}
+        resolved = {}
         for name in self.names:
             plain = _plain(name)
             others = next((group for group in SAME if plain in group), {plain})
@@ -101,15 +102,15 @@ class Filter:
             if not columns:
                 place = re.search(rf"\b{re.escape(name)}\b", self.text.strip())
                 hint = f"no sample has this number; {nearest(plain, spelled)}"
-                raise self._refused(hint, place.start() if place else 0)
+                raise self._error(hint, place.start() if place else 0)
             if name in columns or len(columns) == 1:
-                found[name] = name if name in columns else columns[0]
+                resolved[name] = name if name in columns else columns[0]
             else:
                 raise UserError(f"filter: {name} may be {' or '.join(columns)}; write one of them as it is")
-        return found
+        return resolved
 
     def masks(self, manifest: Columns, columns: dict[str, str], start: int, stop: int) -> list[Mask]:
-        """For each rule, which of the samples start to stop fulfil it; `columns` is what `resolve` gave."""
+        """For each rule, which of the samples start to stop fulfil it; `columns` is the result of `resolve`."""
         read = {name: np.asarray(manifest.column(column)[start:stop]) for name, column in columns.items()}
         with np.errstate(all="ignore"):
             return [np.broadcast_to(_truth(rule, read), stop - start) for _, rule in self._rules]
@@ -119,7 +120,7 @@ class Filter:
         """The top-level `and` terms as they are written."""
         return [text for text, _ in self._rules]
 
-    def _refused(self, why: str, place: int) -> UserError:
+    def _error(self, why: str, place: int) -> UserError:
         return UserError(
             f"filter: {why}\n  {self.text.strip()}\n  {' ' * place}^\n"
             "a filter compares columns and numbers by < <= > >= == !=, joined by and, or, not; + - * / ( ) has(column)"
@@ -128,7 +129,7 @@ class Filter:
     def _check(self, node: ast.expr, truth: bool, depth: int = 0) -> None:
         """Raises UserError unless the node is of the grammar and a truth value, or a number, as wanted."""
         if depth > MAX_depth:
-            raise self._refused(f"this is nested more than {MAX_depth} times", node.col_offset)
+            raise self._error(f"this is nested more than {MAX_depth} times", node.col_offset)
         match node:
             case ast.BoolOp(values=values) if truth:
                 parts, inner = values, True
@@ -147,8 +148,8 @@ class Filter:
             case ast.Constant(value=int() | float() as value) if not truth and not isinstance(value, bool):
                 return
             case _:
-                told = "a comparison is expected here" if truth else "a number or a column is expected here"
-                raise self._refused(told, node.col_offset)
+                expected = "a comparison is expected here" if truth else "a number or a column is expected here"
+                raise self._error(expected, node.col_offset)
         for part in parts:
             self._check(part, inner, depth + 1)
 
@@ -162,10 +163,7 @@ def _truth(node: ast.expr, read: dict[str, Numbers]) -> Any:
     match node:
         case ast.BoolOp(op=op, values=values):
             join = np.logical_and if isinstance(op, ast.And) else np.logical_or
-            found = _truth(values[0], read)
-            for part in values[1:]:
-                found = join(found, _truth(part, read))
-            return found
+            return reduce(join, (_truth(part, read) for part in values))
         case ast.UnaryOp(operand=operand):
             return np.logical_not(_truth(operand, read))
         case ast.Call(args=[ast.Name(id=name)]):

@@ -31,10 +31,10 @@ class MixtureSchedule:
         self._sums = np.concatenate([np.zeros((1, len(shares)), np.int64), np.cumsum(self.numbers, axis=0)])
 
     def before(self, batches: int) -> Ints:
-        """Samples taken from each source [D] by the first so many batches."""
+        """Samples taken from each source [D] by the first `batches` batches."""
         whole, rest = divmod(batches, PERIOD)
-        found: Ints = whole * self._sums[-1] + self._sums[rest]
-        return found
+        counts: Ints = whole * self._sums[-1] + self._sums[rest]
+        return counts
 
     def at(self, batch: int, positions: Ints) -> tuple[Ints, Ints]:
         """(source, place in its stream), each [P] int64, at positions [P] of a batch."""

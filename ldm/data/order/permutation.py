@@ -1,4 +1,4 @@
-"""Permutations of [0, n) that are named by a key and know any place at once; no list in memory.
+"""Permutations of [0, n) by key, of which any place is computed at once, without a list in memory.
 
 A generalised Feistel network with cycle walking (Black and Rogaway 2002, "Ciphers with arbitrary finite
 domains", section 5) whose round function is SplitMix64 (Steele, Lea and Flood 2014).
@@ -21,7 +21,7 @@ def mix(x: Words) -> Words:
 
 
 def fold(keys: Words, number: Ints | int) -> Words:
-    """A key of its own for each (key, number)."""
+    """A different key for each (key, number)."""
     counter = np.atleast_1d(np.asarray(number)).astype(np.uint64) + np.uint64(1)
     return mix(keys + counter * np.uint64(0x9E3779B97F4A7C15))
 
@@ -63,7 +63,7 @@ def permute(x: Ints, sizes: Ints, keys: Words) -> Ints:
     a = np.ceil(np.sqrt(sizes)).astype(np.uint64)
     b = (n + a - np.uint64(1)) // a  # n <= a b < n + a
     y = _feistel(x.astype(np.uint64), a, b, keys)
-    while (outside := y >= n).any():  # walk on along the cycle until it is back inside
+    while (outside := y >= n).any():  # follow the cycle until it is back inside
         at = [part[outside] if len(part) == len(y) else part for part in (a, b, keys)]
         y[outside] = _feistel(y[outside], *at)
     return y.astype(np.int64)

@@ -24,7 +24,7 @@ CHUNK = 1 << 15  # places that are mixed at once; their words fit into a process
 
 
 class Stream:
-    """Endless epochs of `samples` samples, each mixed anew, with a window as `Plan` describes it."""
+    """Endless epochs of `samples` samples, each mixed again, with a window as `Plan` describes it."""
 
     def __init__(self, samples: int, window: int | None, key: int) -> None:
         self.samples = samples
@@ -68,11 +68,11 @@ class Stream:
         turned = (mixed + (fold(fold(keys, 2), part) >> np.uint64(1)).astype(np.int64)) % windows
         in_stretches = (part * windows + turned) * self.stretch + inside
         single = windows * core + (slot - core) * windows + mixed
-        found = np.where(slot < core, in_stretches, single)
-        found = np.where(number < windows, found, number * self.window + slot)
+        index = np.where(slot < core, in_stretches, single)
+        index = np.where(number < windows, index, number * self.window + slot)
         start = (fold(keys, 1) % np.uint64(self.samples)).astype(np.int64)
-        index: Ints = (found + start) % self.samples
-        return index
+        shifted: Ints = (index + start) % self.samples
+        return shifted
 
 
 def _shared(values: Ints) -> Ints:
@@ -118,7 +118,7 @@ class Plan:
         ]
         ends = np.cumsum(self.samples.ravel())
         self._starts = ends - self.samples.ravel()  # of each lane (source, bucket), in the samples' index
-        self._streams = [  # one without samples is never asked
+        self._streams = [  # one without samples is never read
             Stream(max(1, n), window, key(seed, "order", lane) if lane else key(seed, "order"))
             for lane, n in enumerate(self.samples.ravel().tolist())
         ]
@@ -143,14 +143,14 @@ class Plan:
             lanes = np.broadcast_to(buckets[:, None], places.shape)
         else:
             pairs = zip(buckets.tolist(), batches.tolist(), strict=True)
-            taken = [self._shares[bucket].at(batch, positions) for bucket, batch in pairs]
-            places = np.stack([place for _, place in taken])
-            lanes = np.stack([source for source, _ in taken]) * self.samples.shape[1] + buckets[:, None]
+            sources = [self._shares[bucket].at(batch, positions) for bucket, batch in pairs]
+            places = np.stack([place for _, place in sources])
+            lanes = np.stack([source for source, _ in sources]) * self.samples.shape[1] + buckets[:, None]
         indices, epochs = np.empty_like(places), np.empty_like(places)
         for lane in np.unique(lanes):
             here: Any = lanes == lane if self.samples.size > 1 else slice(None)
-            found, epoch = self._streams[lane].at(places[here].ravel())
-            indices[here] = (found + self._starts[lane]).reshape(indices[here].shape)
+            index, epoch = self._streams[lane].at(places[here].ravel())
+            indices[here] = (index + self._starts[lane]).reshape(indices[here].shape)
             epochs[here] = epoch.reshape(epochs[here].shape)
         return indices, epochs
 
@@ -178,15 +178,15 @@ class Plan:
 
 
 def _visits(samples: Ints, weights: Sequence[float] | None) -> NDArray[np.float64]:
-    """What each source's part of each bucket [D, B] is of all visits; sums to one."""
+    """The share of each source's part of each bucket [D, B] in all visits; sums to one."""
     totals = samples.sum(1)
     rates = totals.astype(np.float64) if weights is None else np.asarray(weights, dtype=np.float64)
-    found: NDArray[np.float64] = (rates / rates.sum() / totals)[:, None] * samples
-    return found
+    visits: NDArray[np.float64] = (rates / rates.sum() / totals)[:, None] * samples
+    return visits
 
 
 def bucket_masses(samples: Ints, weights: Sequence[float] | None = None) -> Ints:
-    """The samples of each bucket [B] in an epoch of as many visits as there are samples [D, B]."""
+    """The samples of each bucket [B] in an epoch, which has one visit per sample [D, B] on average."""
     if weights is None or len(samples) == 1:
         counts: Ints = samples.sum(0)
         return counts
@@ -195,14 +195,14 @@ def bucket_masses(samples: Ints, weights: Sequence[float] | None = None) -> Ints
 
 
 def source_shares(samples: Ints, weights: Sequence[float] | None = None) -> NDArray[np.float64]:
-    """What each source is of each bucket's batches [D, B]; columns sum to one."""
+    """The share of each source in each bucket's batches [D, B]; columns sum to one."""
     visits = _visits(samples, weights)
-    found: NDArray[np.float64] = visits / np.maximum(visits.sum(0), np.finfo(np.float64).tiny)
-    return found
+    shares: NDArray[np.float64] = visits / np.maximum(visits.sum(0), np.finfo(np.float64).tiny)
+    return shares
 
 
 def micro_batch(global_batch: int, world: int, accumulation: int) -> int:
-    """The samples of one micro-step of one rank. Raises UserError where it is no whole number."""
+    """The samples of one micro-step of one rank. Raises UserError where it is not a whole number."""
     shares = world * accumulation
     if global_batch < 1 or global_batch % shares:
         near = max(1, round(global_batch / shares)) * shares

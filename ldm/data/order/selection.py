@@ -1,22 +1,22 @@
-"""Which samples of each source a run uses, bucket by bucket: what filters keep and buckets take.
+"""Which samples of each source a run uses, bucket by bucket, after filters and buckets.
 
-The numbers of the samples lie in `selections/` in the manifest's folder, memory-mapped, so that a selection of 100
-million samples costs a process no memory; it is made once and used again by every process.
+The numbers of the samples are in `selections/` in the manifest's folder, memory-mapped, so that a selection of 100
+million samples costs a process no memory; it is written once and read by every process.
 """
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import numpy as np
 from numpy.lib.format import open_memmap
 from numpy.typing import NDArray
 
+from ldm.checkpoint import write_atomic
 from ldm.data.order.buckets import Buckets, Size, Table, edges
 from ldm.data.order.filters import CHUNK, Filter, Mask, RuleCount, count_rules
 from ldm.data.shards.index import Manifest
@@ -29,7 +29,7 @@ SIZE_KNOWN = "width and height are known"
 
 @dataclass(frozen=True)
 class SelectionRequest:
-    """A manifest and what is asked of its samples; `name` is for messages."""
+    """A manifest and the filter of its samples; `name` is for messages."""
 
     name: str
     manifest: Manifest
@@ -37,10 +37,10 @@ class SelectionRequest:
 
 
 class Selection:
-    """The chosen samples of a manifest, by place: those of the first bucket in manifest order, then the second's.
+    """The selected samples of a manifest, by place: those of the first bucket in manifest order, then the second's.
 
     counts  samples of each bucket
-    rules   what each rule of the filter kept and dropped, in order
+    rules   counts of the filter's rules, in order
     """
 
     def __init__(self, counts: Sequence[int], rules: Sequence[RuleCount] = (), members: Path | None = None) -> None:
@@ -57,14 +57,14 @@ class Selection:
         return place if self._members is None else int(self._members[place])
 
     def within(self, first: int, stop: int) -> tuple[Ints, Ints]:
-        """(numbers, buckets) of those that stand from number `first` to before `stop`, bucket by bucket."""
+        """(numbers, buckets) of the samples from number `first` to before `stop`, bucket by bucket."""
         if self._members is None:
             return np.arange(first, stop), np.zeros(stop - first, np.int64)
         ends = np.cumsum(self.counts)
         parts = [self._members[end - count : end] for end, count in zip(ends, self.counts, strict=True)]
-        kept = [part[slice(*np.searchsorted(part, [first, stop]))] for part in parts]
-        buckets = [np.full(len(part), bucket) for bucket, part in enumerate(kept)]
-        return np.concatenate(kept).astype(np.int64), np.concatenate(buckets)
+        within = [part[slice(*np.searchsorted(part, [first, stop]))] for part in parts]
+        buckets = [np.full(len(part), bucket) for bucket, part in enumerate(within)]
+        return np.concatenate(within).astype(np.int64), np.concatenate(buckets)
 
     def __reduce__(self) -> tuple[type["Selection"], tuple[list[int], list[RuleCount], Path | None]]:
         return Selection, (self.counts, self.rules, self._path)
@@ -79,7 +79,7 @@ def select(
 ) -> tuple[list[Size], list[Selection]]:
     """(sizes of the buckets, the selection of each source); without buckets there is the one size.
 
-    `minimum` samples are asked of each bucket. Raises UserError for filters that don't fit the columns or keep
+    Each bucket needs `minimum` samples. Raises UserError for filters that don't fit the columns or keep
     nothing, and for buckets that nothing fits.
     """
     wanted = buckets.sizes(size) if buckets else [size]
@@ -87,10 +87,10 @@ def select(
     counted = [_counted(source, table if buckets else None) for source in sources]
     for source, (rules, counts) in zip(sources, counted, strict=True):
         if not counts.sum():
-            told = "\n".join(f"  {rule.rule}: {rule.dropped} dropped, {rule.kept} kept" for rule in rules)
-            raise UserError(f"{source.name}: no sample is left of {len(source.manifest)}:\n{told}\nchange these rules")
+            lines = "\n".join(f"  {rule.rule}: {rule.dropped} dropped, {rule.kept} kept" for rule in rules)
+            raise UserError(f"{source.name}: no sample is left of {len(source.manifest)}:\n{lines}\nchange these rules")
     table.counts = [counts for _, counts in counted]
-    sizes = buckets.chosen(table, minimum) if buckets else wanted
+    sizes = buckets.choose(table, minimum) if buckets else wanted
     samples = table.samples([wanted.index(each) for each in sizes])
     return sizes, [
         _selection(source, rules, samples[d].tolist(), sizes if buckets else None)
@@ -99,7 +99,7 @@ def select(
 
 
 def _chunks(source: SelectionRequest, with_size: bool) -> Iterator[tuple[int, list[Mask], NDArray[np.float64]]]:
-    """(start, what each rule says, log aspect ratios) of the samples, a chunk at a time."""
+    """(start, the mask of each rule, log aspect ratios) of the samples, a chunk at a time."""
     manifest, where = source.manifest, source.where
     columns = where.resolve(manifest) if where else {}
     for start in range(0, len(manifest), CHUNK):
@@ -114,12 +114,12 @@ def _chunks(source: SelectionRequest, with_size: bool) -> Iterator[tuple[int, li
 
 
 def _counted(source: SelectionRequest, table: Table | None) -> tuple[list[RuleCount], Ints]:
-    """What the rules keep, and the counts between the table's edges (without one: of all that is kept)."""
+    """The counts of the rules, and of the kept samples between the table's edges (without a table: of all)."""
     names = [*(source.where.rules if source.where else []), *([SIZE_KNOWN] if table else [])]
     if not names:
         return [], np.array([len(source.manifest)])
-    kept = _file(source, "counts", table.sizes if table else None).with_suffix(".json")
-    if not kept.is_file():
+    path = _file(source, "counts", table.sizes if table else None).with_suffix(".json")
+    if not path.is_file():
         passed = np.zeros(len(names) + 1, np.int64)
         counts = np.zeros(len(table.edges) + 1 if table else 1, np.int64)
         for _, masks, ratios in _chunks(source, table is not None):
@@ -129,8 +129,9 @@ def _counted(source: SelectionRequest, table: Table | None) -> tuple[list[RuleCo
                 here &= mask
                 passed[i] += here.sum()
             counts += table.count(ratios[here]) if table else here.sum()
-        _written(kept, json.dumps({"passed": passed.tolist(), "counts": counts.tolist()}).encode())
-    facts = json.loads(kept.read_text())
+        with _writing(path) as temporary:
+            temporary.write_text(json.dumps({"passed": passed.tolist(), "counts": counts.tolist()}))
+    facts = json.loads(path.read_text())
     return count_rules(names, facts["passed"]), np.array(facts["counts"])
 
 
@@ -141,16 +142,19 @@ def _selection(
         return Selection(counts)
     path = _file(source, "members", sizes).with_suffix(".npy")
     if not path.is_file():
-        unfinished = path.with_name(f".{path.name}.{uuid4().hex}")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            _write_members(unfinished, source, counts, sizes)
-            os.replace(unfinished, path)
-        except OSError as error:
-            raise UserError(f"cannot keep the selection in {path.parent} ({error}); give index=FOLDER") from error
-        finally:
-            unfinished.unlink(missing_ok=True)
+        with _writing(path) as temporary:
+            _write_members(temporary, source, counts, sizes)
     return Selection(counts, rules, path)
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[Path]:
+    """`write_atomic`, with a UserError where the folder cannot be written."""
+    try:
+        with write_atomic(path) as temporary:
+            yield temporary
+    except OSError as error:
+        raise UserError(f"cannot keep the selection in {path.parent} ({error}); give index=FOLDER") from error
 
 
 def _write_members(path: Path, source: SelectionRequest, counts: list[int], sizes: list[Size] | None) -> None:
@@ -162,9 +166,9 @@ def _write_members(path: Path, source: SelectionRequest, counts: list[int], size
         chosen = np.flatnonzero(np.logical_and.reduce(masks))
         bucket = np.searchsorted(cuts, ratios[chosen], side="right") if sizes else np.zeros(len(chosen), np.int64)
         for number in np.unique(bucket):
-            those = chosen[bucket == number] + start
-            members[ends[number] : ends[number] + len(those)] = those
-            ends[number] += len(those)
+            part = chosen[bucket == number] + start
+            members[ends[number] : ends[number] + len(part)] = part
+            ends[number] += len(part)
     members.flush()
 
 
@@ -173,13 +177,3 @@ def _file(source: SelectionRequest, what: str, sizes: list[Size] | None) -> Path
     facts = [where.text, where.resolve(source.manifest)] if where else []
     digest = hashlib.blake2b(json.dumps([facts, sizes]).encode(), digest_size=8).hexdigest()
     return source.manifest.folder / "selections" / f"{what}-{digest}"
-
-
-def _written(path: Path, data: bytes) -> None:
-    unfinished = path.with_name(f".{path.name}.{uuid4().hex}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished.write_bytes(data)
-        os.replace(unfinished, path)
-    except OSError as error:
-        raise UserError(f"cannot keep the selection in {path.parent} ({error}); give index=FOLDER") from error

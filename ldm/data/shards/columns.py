@@ -22,7 +22,7 @@ class Column:
         self._header()
 
     def _header(self) -> None:
-        """NumPy leaves room for any length of the first axis, so the header's own size does not change."""
+        """NumPy leaves room for any length of the first axis, so the header's size does not change."""
         facts = {"descr": npy.dtype_to_descr(self.kind), "fortran_order": False, "shape": (self.length,)}
         npy.write_array_header_1_0(self.file, facts)
 
@@ -42,7 +42,7 @@ class Column:
 
 
 class NumberColumns:
-    """Columns of float64 by any name, of which each shard has some; the first MAX_columns names are kept."""
+    """Columns of float64 by any name, of which each shard has some; only the first MAX_columns names are written."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -76,5 +76,5 @@ class NumberColumns:
 
 
 def number_file(folder: Path, place: int) -> Path:
-    """Where the numeric column at a place of the manifest's list lies; names may hold any sign."""
+    """The file of the numeric column at a place of the manifest's list; names may have any character."""
     return folder / f"number_{place}.npy"

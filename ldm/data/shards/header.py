@@ -1,7 +1,7 @@
 """Width and height of an encoded picture from its first bytes, without decoding.
 
-JPEG: the frame header SOFn (ITU-T T.81, B.2.2), turned by EXIF's orientation (CIPA DC-008, tag 0x0112) as the
-pixels will be. PNG: the IHDR chunk (ISO/IEC 15948, 11.2.2). WebP: the first VP8, VP8L or VP8X chunk (RFC 9649).
+JPEG: the frame header SOFn (ITU-T T.81, B.2.2), turned by EXIF's orientation (CIPA DC-008, tag 0x0112) like the
+pixels. PNG: the IHDR chunk (ISO/IEC 15948, 11.2.2). WebP: the first VP8, VP8L or VP8X chunk (RFC 9649).
 """
 
 import struct
@@ -10,12 +10,12 @@ from collections.abc import Callable
 Read = Callable[[int, int], bytes]  # (offset in the picture, size in bytes) -> bytes, fewer at the end
 
 FRAMES = frozenset({*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC})  # SOF0 to SOF15; the three others are tables
-SEGMENTS = 1000  # a picture with more before its frame is not followed
-EXIF_bytes = 1024  # orientation stands in the first directory, near the beginning
+SEGMENTS = 1000  # a picture with more before its frame has no known size
+EXIF_bytes = 1024  # orientation is in the first directory, near the beginning
 
 
 def picture_size(read: Read) -> tuple[int, int] | None:
-    """(width, height) in pixels; None where this is no JPEG, PNG or WebP or the header is broken."""
+    """(width, height) in pixels; None for other formats and broken headers."""
     head = read(0, 32)
     try:
         if head[:2] == b"\xff\xd8":
@@ -56,7 +56,7 @@ def _jpeg(read: Read) -> tuple[int, int] | None:
 
 
 def _orientation(exif: bytes) -> int:
-    """EXIF's orientation, 1 to 8; 1 where it says nothing."""
+    """EXIF's orientation, 1 to 8; 1 where there is none."""
     if exif[:6] != b"Exif\0\0" or exif[6:8] not in (b"II", b"MM"):
         return 1
     order = "<" if exif[6:8] == b"II" else ">"

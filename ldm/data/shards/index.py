@@ -1,8 +1,8 @@
-"""The manifest of a list of shards: where each sample's parts lie, as memory-mapped columns.
+"""The manifest of a list of shards: the place of each sample's parts, as memory-mapped columns.
 
-Every shard's headers are read once. The manifest lies in `.index/` beside the shards, in a folder whose name
-holds the shards' names, sizes and times of change: it is used again while these hold, and made anew when not.
-The folder is written under another name and then renamed, so that processes that index at once agree.
+Every shard's headers are read once. The manifest is in `.index/` next to the shards, in a folder whose name
+depends on the shards' names, sizes and times of change: it is used while these hold, and written again otherwise.
+The folder is written under another name and then renamed, so that several processes may index at once.
 """
 
 import argparse
@@ -41,7 +41,7 @@ class Manifest:
 
     Columns (memory-mapped, one entry a sample): shard, image_offset, image_size, image_kind (an index into
     PICTURE_KINDS), text_offset, text_size, json_offset, json_size (size -1: there is none), caption (0 none,
-    1 in the text, 2 in the JSON), width, height (pixels, from the JSON, else the picture's header; 0: not known).
+    1 in the text, 2 in the JSON), width, height (pixels, from the JSON, else the picture's header; 0: unknown).
     `column` gives these two and the JSON's numbers by name.
     """
 
@@ -92,7 +92,7 @@ class Manifest:
     def column(self, name: str) -> NDArray[np.float64]:
         """A numeric column, float64, memory-mapped; NaN where a sample lacks it. true is 1, false is 0.
 
-        Raises UserError, with the nearest names, for one that there is not.
+        Raises UserError, with the nearest names, for an unknown one.
         """
         if name not in self._numbers:
             raise UserError(f"the shards have no numeric column {name}; {nearest(name, self.columns)}")
@@ -108,7 +108,7 @@ class Manifest:
         return self.paths[int(self.shard[index])]
 
     def damaged(self) -> list[tuple[str, str]]:
-        """(shard, what is wrong with it) for each cut shard and each with interleaved or repeated samples."""
+        """(shard, its problems) for each cut shard and each with interleaved or repeated samples."""
         return [
             (path, "; ".join(facts["examples"]))
             for path, facts in zip(self.paths, self.shards, strict=True)
@@ -116,7 +116,7 @@ class Manifest:
         ]
 
     def findings(self) -> list[tuple[str, str]]:
-        """(shard, what was found in it) for each damaged shard and each with oversized or gigapixel samples."""
+        """(shard, its problems) for each damaged shard and each with oversized or gigapixel samples."""
         pairs = zip(self.paths, self.shards, strict=True)
         return [(path, "; ".join(facts["examples"])) for path, facts in pairs if facts["examples"]]
 
@@ -124,21 +124,21 @@ class Manifest:
 def index_shards(
     shards: Shards, out: str | Path | None = None, progress: bool = False, remote: Remote | None = None
 ) -> Manifest:
-    """The manifest of the shards: read back where it still fits them, made otherwise.
+    """The manifest of the shards: an existing one that still fits them, else a new one.
 
-    `out` holds the manifests instead of `.index/` beside the shards, or ~/.cache/ldm/index for remote ones. Damage
+    `out` is for the manifests instead of `.index/` next to the shards, or ~/.cache/ldm/index for remote ones. Damage
     is counted in the manifest. Raises UserError where shards are missing or the folder cannot be written.
     """
     paths = expand(shards)
-    kept, name = _home(paths, out)
+    home, name = _home(paths, out)
     state = states(paths, remote)
-    folder = kept / f"{name}-{_digest([VERSION, *state])[:16]}"
+    folder = home / f"{name}-{_digest([VERSION, *state])[:16]}"
     if not (folder / "manifest.json").is_file():
         try:
-            _make(folder, paths, _scans(paths, sum(size for size, _ in state), progress, remote))
+            _write_folder(folder, paths, _scans(paths, sum(size for size, _ in state), progress, remote))
         except OSError as error:
-            raise UserError(f"cannot keep the index in {kept} ({error}); give another folder") from error
-        for stale in kept.glob(f"{name}-*"):
+            raise UserError(f"cannot keep the index in {home} ({error}); give another folder") from error
+        for stale in home.glob(f"{name}-*"):
             if stale != folder:
                 shutil.rmtree(stale, ignore_errors=True)
     return Manifest(folder, paths, remote)
@@ -155,27 +155,27 @@ def _home(paths: list[str], out: str | Path | None) -> tuple[Path, str]:
 
 
 def _indexed(shards: Shards, out: str | Path | None, remote: Remote | None) -> Manifest:
-    """The manifest; that of remote shards without asking for their state, which their readers compare."""
+    """The manifest; that of remote shards without requesting their state, which their readers compare."""
     paths = expand(shards)
     if any(map(is_remote, paths)):
-        kept, name = _home(paths, out)
-        found = [folder for folder in kept.glob(f"{name}-*") if (folder / "manifest.json").is_file()]
-        if len(found) == 1 and json.loads((found[0] / "manifest.json").read_text())["version"] == VERSION:
-            return Manifest(found[0], paths, remote)
+        home, name = _home(paths, out)
+        folders = [folder for folder in home.glob(f"{name}-*") if (folder / "manifest.json").is_file()]
+        if len(folders) == 1 and json.loads((folders[0] / "manifest.json").read_text())["version"] == VERSION:
+            return Manifest(folders[0], paths, remote)
     return index_shards(shards, out, remote=remote)
 
 
 def load_manifest(
     shards: Shards, allow_damaged: bool = False, out: str | Path | None = None, remote: Remote | None = None
 ) -> Manifest:
-    """The manifest of shards to train on. Raises UserError for damage (unless allowed) and for no samples."""
+    """The manifest of shards to train on. Raises UserError for damage (unless allowed) and for a lack of samples."""
     manifest = _indexed(shards, out, remote)
     damaged = manifest.damaged()
     if damaged and not allow_damaged:
         listed = "\n".join(f"  {path}: {what}" for path, what in damaged[:5])
         raise UserError(
             f"{len(damaged)} of {len(manifest.paths)} shards are damaged:\n{listed}\n"
-            "write them anew or leave them out; allow_damaged=true trains on their whole samples"
+            "write them again or leave them out; allow_damaged=true trains on their whole samples"
         )
     if not len(manifest):
         raise UserError(
@@ -191,22 +191,22 @@ def _digest(facts: object) -> str:
 
 def _scans(paths: list[str], size_bytes: int, progress: bool, remote: Remote | None) -> Iterator[ShardScan]:
     """The scans of the shards in order: by processes where they are large, by threads where servers answer."""
-    far = any(map(is_remote, paths))
-    workers = min(len(paths), REQUESTS if far else os.cpu_count() or 1)
+    remotely = any(map(is_remote, paths))
+    workers = min(len(paths), REQUESTS if remotely else os.cpu_count() or 1)
     scan = partial(scan_shard, remote=remote) if remote else scan_shard
     pool: Executor | None = None
     if workers > 1 and size_bytes >= POOL_bytes:
         pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"))
-    elif workers > 1 and far:
+    elif workers > 1 and remotely:
         pool = ThreadPoolExecutor(workers)
     bar: Any = tqdm(total=len(paths), unit="shard", disable=not progress, desc="index")
     with bar, pool or nullcontext():
-        for found in pool.map(scan, paths) if pool else map(scan, paths):
+        for result in pool.map(scan, paths) if pool else map(scan, paths):
             bar.update()
-            yield found
+            yield result
 
 
-def _make(folder: Path, paths: list[str], scans: Iterator[ShardScan]) -> None:
+def _write_folder(folder: Path, paths: list[str], scans: Iterator[ShardScan]) -> None:
     """Writes the manifest of the shards under another name and renames it to `folder`."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=folder.parent))
@@ -237,7 +237,7 @@ def _write(folder: Path, scans: Iterator[ShardScan], names: list[str]) -> None:
         columns["shard"].add(np.full(len(scan.keys), number))
         for kind, values in scan.columns.items():
             columns[kind].add(values)
-        numbers.add(len(scan.keys), {side: _known(scan.columns[side]) for side in SIDES} | scan.numbers)
+        numbers.add(len(scan.keys), {side: _nan_for_0(scan.columns[side]) for side in SIDES} | scan.numbers)
         ends = np.cumsum([len(key) for key in scan.keys], dtype=np.int64)
         columns["key_end"].add(ends + columns["key_bytes"].length)
         columns["key_bytes"].add(np.frombuffer(b"".join(scan.keys), np.uint8))
@@ -268,12 +268,12 @@ def _write(folder: Path, scans: Iterator[ShardScan], names: list[str]) -> None:
     (folder / "manifest.json").write_text(json.dumps(facts, indent=1))
 
 
-def _known(sides: NDArray[Any]) -> NDArray[np.float64]:
+def _nan_for_0(sides: NDArray[Any]) -> NDArray[np.float64]:
     return np.where(sides > 0, sides, np.nan)
 
 
 def _table(manifest: Manifest) -> str:
-    """The counts, and the shards with what is wrong."""
+    """The counts, and the shards with their problems."""
     rows: list[tuple[str, int]] = [
         ("shards", len(manifest.paths)),
         ("  damaged", len(manifest.damaged())),
@@ -282,25 +282,25 @@ def _table(manifest: Manifest) -> str:
     rows += [(f"  {kind}", count) for kind, count in manifest.problems.items()]
     lines = [f"{name:<22}{count:>12,}" for name, count in rows]
     lines.append(f"{'fingerprint':<22}{manifest.fingerprint[:12]:>12}")
-    lines += [f"column {name}: {_known_share(manifest, name)}" for name in manifest.columns]
+    lines += [f"column {name}: {_coverage(manifest, name)}" for name in manifest.columns]
     lines += [f"{path}: {what}" for path, what in manifest.findings()[:20]]
     return "\n".join(lines) + "\n"
 
 
-def _known_share(manifest: Manifest, name: str) -> str:
-    """In how many samples the column is known, and its range."""
+def _coverage(manifest: Manifest, name: str) -> str:
+    """The number of samples that have the column, and its range."""
     column = manifest.column(name)
-    known = int(np.isfinite(column).sum())
-    told = f", {np.nanmin(column):g} to {np.nanmax(column):g}" if known else ""
-    return f"{known:,} of {len(manifest):,}{told}"
+    count = int(np.isfinite(column).sum())
+    bounds = f", {np.nanmin(column):g} to {np.nanmax(column):g}" if count else ""
+    return f"{count:,} of {len(manifest):,}{bounds}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """`python -m ldm.data.index SHARDS...`; status 1 where a shard has damage or left out samples, or none at all."""
     parser = argparse.ArgumentParser(prog="python -m ldm.data.index", description=__doc__)
     parser.add_argument("shards", nargs="+", help="a folder, a pattern like data/{00000..00127}.tar, files")
-    parser.add_argument("--out", help="where to keep the manifest (default: .index beside local shards)")
-    parser.add_argument("--deadline-s", type=float, default=300.0, help="how long to try remote shards (300)")
+    parser.add_argument("--out", help="where to keep the manifest (default: .index next to local shards)")
+    parser.add_argument("--deadline-s", type=float, default=300.0, help="how long to retry remote shards (300)")
     options = parser.parse_args(arguments)
     try:
         remote = Remote(deadline_s=options.deadline_s)
@@ -309,5 +309,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"{error}\n")
         return 1
     sys.stdout.write(_table(manifest))
-    flawed = any(manifest.problems[kind] for kind in (*DAMAGE, *LEFT_OUT))
-    return 1 if flawed or not len(manifest) else 0
+    problems = any(manifest.problems[kind] for kind in (*DAMAGE, *LEFT_OUT))
+    return 1 if problems or not len(manifest) else 0

@@ -1,7 +1,7 @@
 """The members of a tar file, read from its headers alone.
 
-The header is POSIX.1-1988 ustar; long names come as GNU "L" members or as pax records (POSIX.1-2001). The data
-of a sparse member is not what the file holds, so that such members are passed over.
+The header is POSIX.1-1988 ustar; long names come as GNU "L" members or as pax records (POSIX.1-2001). Sparse
+members, whose data is not stored as it is in the file, are skipped.
 """
 
 import zlib
@@ -20,7 +20,7 @@ WINDOW_bytes = 8 << 20  # a window of a file that is read from end to end
 
 
 class TornTar(Exception):
-    """A tar file that ends or stops making sense before its end-of-archive block."""
+    """A tar file that ends or becomes invalid before its end-of-archive block."""
 
 
 class Member(NamedTuple):
@@ -32,7 +32,7 @@ class Member(NamedTuple):
 
 
 class ReadAhead:
-    """Reads small ranges of a shard through a window that grows where reading on is cheaper than jumping.
+    """Reads small ranges of a shard through a window that grows where reading in order is cheaper than jumping.
 
     A jump costs as much as `shard.jump_bytes` that are read in order. While the gaps between the ranges are
     below that, each window is twice as long as the one before; a wider gap is jumped over.
@@ -55,7 +55,7 @@ class ReadAhead:
         return self.bytes[at : at + size]
 
     def peek(self, offset: int, size: int) -> bytes:
-        """The part of the range that was read already."""
+        """The part of the range that is in the window."""
         at = offset - self.start
         return self.bytes[at : at + size] if at >= 0 else b""
 
@@ -69,15 +69,15 @@ def _number(text: bytes) -> int:
 
 def _pax(records: bytes) -> dict[str, str]:
     """The "length key=value" records of an extended header."""
-    found: dict[str, str] = {}
+    values: dict[str, str] = {}
     while records:
         length, _, rest = records.partition(b" ")
         if not length.isdigit() or int(length) <= len(length) + 1:
             break
         name, _, value = rest[: int(length) - len(length) - 2].partition(b"=")
-        found[name.decode("utf-8", "replace")] = value.decode("utf-8", "replace")
+        values[name.decode("utf-8", "replace")] = value.decode("utf-8", "replace")
         records = records[int(length) :]
-    return found
+    return values
 
 
 def _name(header: bytes) -> str:
@@ -100,11 +100,11 @@ def _check(header: bytes, offset: int, end: int) -> None:
     except ValueError:
         stated = -1
     if ((zlib.adler32(header) & 0xFFFF) + BLANKS - sum(field) - stated) % 65521 or stated < 0:
-        raise TornTar(f"byte {offset} is no tar header")
+        raise TornTar(f"byte {offset} is not a tar header")
 
 
 def _after_map(ahead: ReadAhead, header: bytes, data: int) -> int:
-    """Where the data of a GNU sparse member begins: its map may go on in blocks of their own."""
+    """Where the data of a GNU sparse member begins: its map may continue in further blocks."""
     more = header[482]
     while more:
         more = (ahead.read(data, BLOCK_bytes) + bytes(BLOCK_bytes))[504]
@@ -122,7 +122,7 @@ def members(shard: Shard, ahead: ReadAhead | None = None) -> Iterator[Member]:
         regular = kind in REGULAR
         if extended and regular and "size" in extended:
             size = int(extended["size"])
-        elif header[135] == 0 and header[124] in DIGITS:  # as nearly all are
+        elif header[135] == 0 and header[124] in DIGITS:  # the usual case
             size = int(header[124:135], 8)
         else:
             size = _number(header[124:136])
@@ -145,7 +145,7 @@ def members(shard: Shard, ahead: ReadAhead | None = None) -> Iterator[Member]:
 
 
 def split_name(name: str) -> tuple[str, str] | None:
-    """(key, extension) as webdataset splits a member's name; None for what it leaves out."""
+    """(key, extension) as webdataset splits a member's name; None for names that it leaves out."""
     folder, slash, base = name.rpartition("/") if "/" in name else ("", "", name)
     stem, dot, extension = base.partition(".")
     if not stem or not dot or (stem.startswith("__") and stem.endswith("__")):

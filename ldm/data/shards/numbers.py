@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 WORDS = frozenset({"caption", "key"})  # text, even where it looks like a number
-SIDES = ("width", "height")  # these have columns of their own
+SIDES = ("width", "height")  # these have separate columns
 MISSING = frozenset({"", "null", "none", "nan", "n/a"})
 LARGE = 1 << 62  # an integer beyond this may have no float
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
@@ -56,12 +56,12 @@ class Numbers:
             self._texts.add(name)
             self._spelled.pop(name, None)
 
-    def columns(self, kept: Sequence[int]) -> dict[str, NDArray[np.float64]]:
-        """The columns by name for the rows `kept`; NaN where a row lacks the name."""
+    def columns(self, numbers: Sequence[int]) -> dict[str, NDArray[np.float64]]:
+        """The columns by name for the rows `numbers`; NaN where a row lacks the name."""
         for name, spelled in self._spelled.items():
             for row, value in spelled.items():
                 self.rows[row].setdefault(name, value)
-        rows = [self.rows[i] for i in kept]
+        rows = [self.rows[i] for i in numbers]
         names = {name: None for row in rows for name in row if name not in SIDES and name not in WORDS}
         absent = float("nan")
         return {name: np.array([row.get(name, absent) for row in rows], np.float64) for name in names}

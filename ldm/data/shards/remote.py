@@ -107,7 +107,7 @@ _sessions = _Sessions()
 class RemoteShard(ABC):
     """One remote shard: byte ranges of it, its size, a stamp of its contents as its time of change.
 
-    `state` is (size in bytes, stamp in ns) where it was asked for before. A subclass makes one try of each request.
+    `state` is (size in bytes, stamp in ns) where it is known already. A subclass makes one try of each request.
     """
 
     jump_bytes = 1 << 20  # what 10 ms are worth at 100 MB/s

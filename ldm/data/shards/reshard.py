@@ -1,4 +1,4 @@
-"""The samples of shards, to be packed into other shards, their members as they are."""
+"""The samples of shards, to be packed into other shards with their members unchanged."""
 
 import hashlib
 import json
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm.data.shards.members import TornTar, members, split_name
-from ldm.data.shards.packable import Encode, Packable, as_json, member_bytes, picture_facts
+from ldm.data.shards.packing import Packable, Packing, as_json, member_bytes
 from ldm.data.shards.remote import is_remote
 from ldm.data.shards.shards import Shard, expand, open_shard, relative_names
 from ldm.data.shards.tar import DAMAGE, IMAGE_KINDS, LEFT_OUT, scan_shard
@@ -22,13 +22,10 @@ def is_shards(source: str | Path) -> bool:
 
 
 @dataclass(frozen=True)
-class ShardSample:
-    """A sample of a shard; its members are kept as they are."""
+class ShardSample(Packable):
+    """A sample of a shard, whose members are copied unchanged."""
 
-    path: str
-    key: str
-    members: tuple[tuple[str, int, int], ...]  # (extension, offset, size)
-    renamed: bool = False
+    members: tuple[tuple[str, int, int], ...] = ()  # (extension, offset, size)
 
     @property
     def tar_bytes(self) -> int:
@@ -37,26 +34,27 @@ class ShardSample:
     def identity(self) -> list[Any]:
         return [self.key, self.members]
 
-    def parts(self, encode: Encode, touched: bool) -> dict[str, bytes]:
+    def parts(self, packing: Packing) -> dict[str, bytes]:
         shard = _open(self.path)
         parts = {extension: shard.read(offset, size) for extension, offset, size in self.members}
         short = [extension for extension, _, size in self.members if len(parts[extension]) != size]
         if short:
             raise UserError(f"{self.path} changed while it was packed: {self.key}.{short[0]} is cut; start again")
-        return self._encoded(parts, encode) if touched else parts
+        return parts if packing.keeps_pictures else _encode(parts, packing)
 
-    def _encoded(self, parts: dict[str, bytes], encode: Encode) -> dict[str, bytes]:
-        """The parts with the picture encoded anew, in its place, and the JSON told so."""
-        image = next(extension for extension in parts if extension.lower() in IMAGE_KINDS)
-        stored, kind, size = encode(parts[image])
-        if stored == parts[image]:
-            return parts
-        described = next((extension for extension in parts if extension.lower() == "json"), "json")
-        facts = json.loads(parts.get(described) or b"{}")
-        if not isinstance(facts, dict):
-            raise ValueError("its JSON is no object")
-        renewed = {kind if extension == image else extension: data for extension, data in parts.items()}
-        return renewed | {kind: stored, described: as_json(facts | picture_facts(stored, size))}
+
+def _encode(parts: dict[str, bytes], packing: Packing) -> dict[str, bytes]:
+    """The parts with the picture encoded again, in its place, and its facts in the JSON."""
+    image = next(extension for extension in parts if extension.lower() in IMAGE_KINDS)
+    data, kind, picture = packing.encode(parts[image])
+    if data == parts[image]:
+        return parts
+    name = next((extension for extension in parts if extension.lower() == "json"), "json")
+    facts = json.loads(parts.get(name) or b"{}")
+    if not isinstance(facts, dict):
+        raise ValueError("its JSON is not an object")
+    renamed = {kind if extension == image else extension: part for extension, part in parts.items()}
+    return renamed | {kind: data, name: as_json(facts | picture)}
 
 
 @lru_cache(maxsize=8)
@@ -65,7 +63,7 @@ def _open(path: str) -> Shard:
 
 
 def read_shards(source: str | Path, allow_damaged: bool = False) -> tuple[list[Packable], Counter[str]]:
-    """The whole samples of shards in their order, and how many were left out by reason.
+    """The whole samples of shards in their order, and the number left out by reason.
 
     A key that several shards have gets `_` and a hash of its shard's name in each of them. Raises UserError for
     a damaged shard unless it is allowed.
@@ -75,35 +73,29 @@ def read_shards(source: str | Path, allow_damaged: bool = False) -> tuple[list[P
     samples: list[ShardSample] = []
     for path in paths:
         scan = scan_shard(path)
-        damage = [kind for kind in DAMAGE if scan.problems[kind]]
-        if damage and not allow_damaged:
+        if any(scan.problems[kind] for kind in DAMAGE) and not allow_damaged:
             raise UserError(f"{path} is damaged: {'; '.join(scan.examples)}; --allow-damaged packs its whole samples")
-        for kind in (*DAMAGE, *LEFT_OUT, "no picture"):
-            left_out[kind] += scan.problems[kind]
+        left_out.update({kind: scan.problems[kind] for kind in (*DAMAGE, *LEFT_OUT, "no picture")})
         samples += _samples(path, {key.decode() for key in scan.keys})
     names = dict(zip(paths, relative_names(paths), strict=True))
-    often = Counter(sample.key for sample in samples)
-    told: list[Packable] = []
-    for sample in samples:
-        if often[sample.key] > 1:
-            sample = replace(sample, key=f"{sample.key}_{_hash(names[sample.path], sample.key)}", renamed=True)
-        told.append(sample)
-    return told, +left_out
+    counts = Counter(sample.key for sample in samples)
+    return [_rename(sample, names[sample.path]) if counts[sample.key] > 1 else sample for sample in samples], +left_out
 
 
-def _hash(*address: str) -> str:
-    return hashlib.sha256("\0".join(address).encode()).hexdigest()[:8]
+def _rename(sample: ShardSample, shard: str) -> ShardSample:
+    digest = hashlib.sha256(f"{shard}\0{sample.key}".encode()).hexdigest()[:8]
+    return replace(sample, key=f"{sample.key}_{digest}", renamed=True)
 
 
 def _samples(path: str, keys: set[str]) -> list[ShardSample]:
-    """The samples of a shard with these keys, every member included."""
+    """The samples of a shard with these keys, with every member."""
     parts: dict[str, list[tuple[str, int, int]]] = {}
     try:
         for member in members(_open(path)):
-            named = split_name(member.name)
-            if named is not None and named[0] in keys:
-                extension = member.name[len(named[0]) + 1 :]
-                parts.setdefault(named[0], []).append((extension, member.offset, member.size))
+            names = split_name(member.name)
+            if names is not None and names[0] in keys:
+                extension = member.name[len(names[0]) + 1 :]
+                parts.setdefault(names[0], []).append((extension, member.offset, member.size))
     except TornTar:  # its whole samples were counted before
         pass
-    return [ShardSample(path, key, tuple(found)) for key, found in parts.items() if key in keys]
+    return [ShardSample(path, key, members=tuple(places)) for key, places in parts.items()]

@@ -1,8 +1,8 @@
 """A local folder of whole remote shards, of bounded size, that any number of processes share.
 
-A shard is downloaded once: under `.NAME.part`, which its writer locks, and renamed when it is whole. What was
-opened longest ago is removed first. A file's time of access says when it was opened last, its time of change
-is the remote shard's stamp.
+A shard is downloaded once: under `.NAME.part`, which its writer locks, and renamed when it is complete. The least
+recently opened shard is removed first. A file's time of access is when it was opened last, its time of change is
+the remote shard's stamp.
 """
 
 import fcntl
@@ -38,7 +38,7 @@ class ShardCache:
         path = self._place(shard.path)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            while not self._used(path, shard):
+            while not self._touch(path, shard):
                 self._download(path, shard)
         except OSError as error:
             raise UserError(f"the shard cache {self.folder} cannot be used: {error}") from error
@@ -48,8 +48,8 @@ class ShardCache:
         digest = hashlib.blake2b(url.encode(), digest_size=8).hexdigest()
         return self.folder / f"{digest}.tar"
 
-    def _used(self, path: Path, shard: RemoteShard) -> bool:
-        """Whether the copy is there and the shard's; it is then marked as opened now."""
+    def _touch(self, path: Path, shard: RemoteShard) -> bool:
+        """Whether the shard's copy is there; it is then marked as opened now."""
         with suppress(FileNotFoundError):
             state = path.stat()
             if (state.st_size, state.st_mtime_ns) == (shard.size, shard.mtime_ns):
@@ -61,11 +61,11 @@ class ShardCache:
         """Fetches the shard, or waits while another process does."""
         part = path.with_name(f".{path.name}.part")
         with _locked(part) as file:
-            if file is None or self._used(path, shard):
+            if file is None or self._touch(path, shard):
                 return
             try:
                 while not self._reserve(file, part, shard.size):
-                    time.sleep(WAIT_s)  # other downloads fill the folder; they can be removed once they are whole
+                    time.sleep(WAIT_s)  # other downloads fill the folder; they can be removed once complete
                 for offset in range(0, shard.size, PIECE_bytes):
                     os.pwrite(file, shard.read(offset, PIECE_bytes), offset)
                 os.utime(part, ns=(time.time_ns(), shard.mtime_ns))
@@ -74,22 +74,22 @@ class ShardCache:
                 part.unlink(missing_ok=True)
                 raise
 
-    def _reserve(self, file: int, own: Path, wanted: int) -> bool:
-        """Gives an open file its length, once what was opened longest ago has made room for it."""
+    def _reserve(self, file: int, path: Path, size: int) -> bool:
+        """Gives the open file at `path` its size, after removing the least recently opened shards to make room."""
         with _locked(self.folder / ".room"):
-            held = {path: path.stat() for path in self.folder.glob("*.tar")}
-            loading = [part for part in self.folder.glob(".*.part") if part != own and not _abandoned(part)]
-            total = wanted + sum(state.st_size for state in held.values())
+            shards = {shard: shard.stat() for shard in self.folder.glob("*.tar")}
+            loading = [part for part in self.folder.glob(".*.part") if part != path and not _abandoned(part)]
+            total = size + sum(state.st_size for state in shards.values())
             for part in loading:
-                with suppress(FileNotFoundError):  # it is whole by now
+                with suppress(FileNotFoundError):  # it is complete by now
                     total += part.stat().st_size
-            for path in sorted(held, key=lambda path: held[path].st_atime_ns):
+            for shard in sorted(shards, key=lambda shard: shards[shard].st_atime_ns):
                 if total <= self.limit_bytes:
                     break
-                path.unlink(missing_ok=True)
-                total -= held[path].st_size
+                shard.unlink(missing_ok=True)
+                total -= shards[shard].st_size
             if total <= self.limit_bytes:
-                os.ftruncate(file, wanted)
+                os.ftruncate(file, size)
             return total <= self.limit_bytes
 
 

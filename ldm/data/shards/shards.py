@@ -32,7 +32,7 @@ def expand(shards: Shards) -> list[str]:
     """
     entries = [shards] if isinstance(shards, str | Path) else list(shards)
     if not entries:
-        raise UserError("no shards given; name a folder, a pattern like data/{00000..00127}.tar, or a list")
+        raise UserError("no shards named; name a folder, a pattern like data/{00000..00127}.tar, or a list")
     paths = [path for entry in entries for path in _expand_entry(str(entry))]
     missing = [path for path in paths if not is_remote(path) and not os.path.isfile(path)]
     if missing:

@@ -1,4 +1,4 @@
-"""The samples of one tar shard, found from its headers: where each part lies, and what is wrong.
+"""The samples of one tar shard, from its headers: the place of each part, and the problems.
 
 Grouping is webdataset's: a sample's key is its members' path up to the first dot of the base name, and its
 members follow one another.
@@ -20,11 +20,11 @@ from ldm.data.shards.shards import Shard, open_shard
 from ldm.errors import UserError
 
 IMAGE_KINDS = ("jpg", "jpeg", "png", "webp")
-LATENTS = "latents.safetensors"  # what a first stage made of a picture stands in its place
+LATENTS = "latents.safetensors"  # replaces a picture that a first stage encoded
 PICTURE_KINDS = (*IMAGE_KINDS, LATENTS)
 NO_CAPTION, TEXT_CAPTION, JSON_CAPTION = 0, 1, 2
 MAX_text_bytes = 1 << 20  # of a text or a JSON part
-HEAD_bytes = 2048  # of a picture, kept until its JSON part has been seen
+HEAD_bytes = 2048  # of a picture, stored until its JSON part is read
 
 DAMAGE = ("truncated", "interleaved", "duplicate")
 LEFT_OUT = ("oversized", "gigapixel")
@@ -46,7 +46,7 @@ COLUMNS: dict[str, type[np.generic]] = {
 
 @dataclass
 class ShardScan:
-    """What a shard holds: COLUMNS of its whole samples, their JSON's numbers, their keys, what was wrong."""
+    """The contents of a shard: COLUMNS of its whole samples, their JSON's numbers, their keys, the problems."""
 
     path: str
     size_bytes: int
@@ -64,7 +64,7 @@ class ShardScan:
 
 @dataclass(slots=True)
 class _Open:
-    """The sample whose members are passing by."""
+    """The sample whose members are being read."""
 
     key: str
     start: str = ""  # of the names of its members
@@ -72,12 +72,12 @@ class _Open:
     repeated: str = ""  # an extension that came twice
     image: str = ""  # the extension of its first picture
     head: bytes = b""  # of the picture
-    described: bytes = b""  # the JSON part
+    json: bytes = b""  # the JSON part
 
 
 @dataclass
 class _Grouping:
-    """The samples of a tar as its members pass by."""
+    """The samples of a tar, grouped as its members are read."""
 
     ahead: ReadAhead
     rows: list[tuple[int, ...] | None] = field(default_factory=list)
@@ -88,19 +88,19 @@ class _Grouping:
     problems: dict[str, int] = field(default_factory=lambda: dict.fromkeys(PROBLEMS, 0))
     examples: list[str] = field(default_factory=list)
 
-    def problem(self, kind: str, what: str) -> None:
+    def problem(self, kind: str, description: str) -> None:
         """Counts one of DAMAGE or LEFT_OUT."""
         self.problems[kind] += 1
         if len(self.examples) < 5:
-            self.examples.append(f"{kind}: {what}")
+            self.examples.append(f"{kind}: {description}")
 
     def add(self, sample: _Open, extension: str, member: Member) -> None:
-        """Takes a member into its sample, while its first bytes are at hand."""
+        """Adds a member to its sample, while its first bytes are in the window."""
         if extension in sample.parts:
             sample.repeated = extension
         sample.parts[extension] = member
         if extension == "json":
-            sample.described = self.ahead.read(member.offset, min(member.size, MAX_text_bytes))
+            sample.json = self.ahead.read(member.offset, min(member.size, MAX_text_bytes))
         elif extension in PICTURE_KINDS and not sample.image:
             sample.image = extension
             sample.head = self.ahead.peek(member.offset, min(member.size, HEAD_bytes))
@@ -108,7 +108,7 @@ class _Grouping:
     def close(self, sample: _Open) -> None:
         """Ends a sample: it becomes a row, or a problem."""
         key, parts = sample.key, sample.parts
-        if sample.repeated or key in self.seen:  # neither copy is to be trusted
+        if sample.repeated or key in self.seen:  # neither copy is trusted
             row, before = self.seen.get(key, (None, {}))
             both = before.keys() & parts.keys()
             if sample.repeated or both:
@@ -127,30 +127,30 @@ class _Grouping:
             self.keys.append(key)
 
     def _columns(self, sample: _Open) -> tuple[int, ...] | None:
-        """One row in the order of COLUMNS; None for what is left out. An absent part has size -1."""
+        """One row in the order of COLUMNS; None for a sample that is left out. An absent part has size -1."""
         key, parts = sample.key, sample.parts
         if not sample.image:
             self.blind.add(key)
             return None
         absent = Member("", 0, -1)
-        picture, text, described = parts[sample.image], parts.get("txt", absent), parts.get("json", absent)
-        for part, limit in ((picture, MAX_bytes), (text, MAX_text_bytes), (described, MAX_text_bytes)):
+        picture, text, json_part = parts[sample.image], parts.get("txt", absent), parts.get("json", absent)
+        for part, limit in ((picture, MAX_bytes), (text, MAX_text_bytes), (json_part, MAX_text_bytes)):
             if part.size > limit:
                 self.problem("oversized", f"{part.name} has {part.size} bytes, more than {limit}")
                 return None
-        facts = json_object(sample.described)
+        facts = json_object(sample.json)
         width, height = self._size(sample, picture, facts)
         if width * height > MAX_pixels:
             self.problem("gigapixel", f"{picture.name} has {width} x {height} pixels, more than {MAX_pixels}")
             return None
-        spoken = isinstance(facts.get("caption"), str) and bool(facts["caption"])
-        caption = TEXT_CAPTION if text.size > 0 else JSON_CAPTION if spoken else NO_CAPTION
+        in_json = isinstance(facts.get("caption"), str) and bool(facts["caption"])
+        caption = TEXT_CAPTION if text.size > 0 else JSON_CAPTION if in_json else NO_CAPTION
         self.numbers.add(facts)
-        places = (text.offset, text.size, described.offset, described.size)
+        places = (text.offset, text.size, json_part.offset, json_part.size)
         return (picture.offset, picture.size, PICTURE_KINDS.index(sample.image), *places, caption, width, height)
 
     def _size(self, sample: _Open, picture: Member, facts: dict[str, object]) -> tuple[int, int]:
-        """(width, height) as the JSON states them, else as the picture's header does; (0, 0): not known."""
+        """(width, height) as the JSON states them, else the picture's header; (0, 0): unknown."""
         width, height = facts.get("width"), facts.get("height")
         if not (type(width) is int and type(height) is int):
             width, height = number(width), number(height)
@@ -184,7 +184,7 @@ def scan_shard(path: str, remote: Remote | None = None) -> ShardScan:
     try:
         for member in members(shard, grouping.ahead):
             name = member.name
-            if sample.start and name.startswith(sample.start):  # as most are: the key is known
+            if sample.start and name.startswith(sample.start):  # the usual case: the key is the same
                 extension = name[len(sample.start) :]
                 if "/" not in extension:
                     grouping.add(sample, extension.lower(), member)
@@ -208,8 +208,8 @@ def scan_shard(path: str, remote: Remote | None = None) -> ShardScan:
 
 
 def _as_scan(shard: Shard, grouping: _Grouping) -> ShardScan:
-    kept = [i for i, row in enumerate(grouping.rows) if row is not None]
-    table = np.array([grouping.rows[i] for i in kept], dtype=np.int64).reshape(-1, len(COLUMNS))
+    rows = [i for i, row in enumerate(grouping.rows) if row is not None]
+    table = np.array([grouping.rows[i] for i in rows], dtype=np.int64).reshape(-1, len(COLUMNS))
     columns = {name: table[:, i].astype(kind) for i, (name, kind) in enumerate(COLUMNS.items())}
     counted = {
         "no picture": len(grouping.blind),
@@ -221,8 +221,8 @@ def _as_scan(shard: Shard, grouping: _Grouping) -> ShardScan:
         size_bytes=shard.size,
         mtime_ns=shard.mtime_ns,
         columns=columns,
-        numbers=grouping.numbers.columns(kept),
-        keys=[grouping.keys[i].encode() for i in kept],
+        numbers=grouping.numbers.columns(rows),
+        keys=[grouping.keys[i].encode() for i in rows],
         problems=grouping.problems | counted,
         examples=grouping.examples,
     )

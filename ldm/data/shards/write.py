@@ -11,7 +11,7 @@ from ldm.checkpoint import write_atomic
 def write_shard(path: str | Path, samples: Iterable[tuple[str, Mapping[str, bytes]]]) -> int:
     """Writes (key, {extension: bytes}) samples as one tar file and returns how many there were.
 
-    The same samples give the same bytes: no times, no owners, members in the order given.
+    The same samples give the same bytes: no times, no owners, members in order.
     """
     count = 0
     with write_atomic(path) as temporary, tarfile.open(temporary, "w", format=tarfile.PAX_FORMAT) as tar:
