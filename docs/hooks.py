@@ -38,7 +38,6 @@ def on_files(files: Files, config: Any) -> Files:
         files.append(File.generated(config, target, content=(ROOT / source).read_text(encoding="utf-8")))
     for room, packages in ROOMS.items():
         files.append(File.generated(config, f"api/{room}.md", content=api_page(room, packages)))
-    files.append(File.generated(config, "site.css", content=(ROOT / "docs/site.css").read_text(encoding="utf-8")))
     return files
 
 
