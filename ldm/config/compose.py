@@ -34,6 +34,8 @@ CONFIGS = next(path for path in (_ROOT / "configs", _ROOT.parent / "configs") if
 
 OPEN = ("callbacks", "logger", "loss.auxiliary", "evaluation.sets", "data.mixed_with", "metric_options")
 """Mappings whose keys are the user's: names of callbacks, loggers, losses, sets, sources, metrics."""
+DEFERRED = ("task", "sampler", "grid", "guidance")
+"""Groups that may be null in a command: the curriculum or the trained model then says what they are."""
 QUOTED = r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\""
 
 
@@ -275,7 +277,7 @@ def _may_be_added(cfg: DictConfig, known: set[str], name: str) -> bool:
     parent, _, last = name.rpartition(".")
     if is_open(name):
         return True
-    if parent and room not in known and (CONFIGS / room).is_dir():
+    if parent and room not in known and room in DEFERRED:
         return True  # a group at null: the knob changes what a stage or a model brings, and is checked there
     if last == "_target_" and "." in parent and _may_be_added(cfg, known, parent):
         return True  # an object for an argument that the YAML leaves out
