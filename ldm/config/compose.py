@@ -35,6 +35,8 @@ CONFIGS = next(path for path in (_ROOT / "configs", _ROOT.parent / "configs") if
 
 OPEN = ("callbacks", "logger", "loss.auxiliary", "evaluation.sets", "data.mixed_with", "metric_options")
 """Mappings whose keys are the user's: names of callbacks, loggers, losses, sets, sources, metrics."""
+DEFERRED = ("task", "sampler", "grid", "guidance")
+"""Groups that may be null in a command: the curriculum or the trained model then says what they are."""
 QUOTED = r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\""
 
 
@@ -120,10 +122,11 @@ def with_texts(overrides: Sequence[str], knobs: Sequence[str]) -> list[str]:
 
 
 def names(node: Any, prefix: str = "") -> Iterator[str]:
-    """The dotted names of everything in a configuration; an entry of a list by its number."""
-    for name, child in _children(node).items():
-        yield f"{prefix}{name}"
-        yield from names(child, f"{prefix}{name}.")
+    """The dotted names of everything in a configuration; a list is one thing."""
+    if isinstance(node, DictConfig):
+        for name, child in _children(node).items():
+            yield f"{prefix}{name}"
+            yield from names(child, f"{prefix}{name}.")
 
 
 def _children(node: Any) -> dict[str, Any]:
@@ -158,7 +161,35 @@ def _load(
     from_shell: bool = True,
     validate_sweep_overrides: bool = True,
 ) -> DictConfig:
-    """Hydra's `load_configuration`; UserError of one line for what cannot be composed."""
+    """Hydra's `load_configuration`; UserError of one line for what cannot be composed.
+
+    A command asks twice for the same configuration, for its mode and to run; the second time it gets the first one's.
+    """
+    sweeps = any(override.is_sweep_override() for override in parse(overrides))
+    request = (config_name, tuple(overrides), run_mode if sweeps else None)
+    if request == _Composed.request:
+        _Composed.request = None
+        return _Composed.cfg
+    cfg = _compose(loader, config_name, overrides, run_mode, from_shell, validate_sweep_overrides)
+    _Composed.request, _Composed.cfg = None if validate_sweep_overrides else request, cfg
+    return cfg
+
+
+class _Composed:
+    """The configuration that a command's mode was read from, until the command itself asks for it."""
+
+    request: tuple[str | None, tuple[str, ...], RunMode | None] | None = None
+    cfg: DictConfig
+
+
+def _compose(
+    loader: ConfigLoaderImpl,
+    config_name: str | None,
+    overrides: list[str],
+    run_mode: RunMode,
+    from_shell: bool,
+    validate_sweep_overrides: bool,
+) -> DictConfig:
     parsed, values = parse(overrides), _value_keys(config_name)
     groups = [o.input_line or "" for o in parsed if o.key_or_group not in values or o.is_sweep_override()]
     try:
@@ -228,8 +259,10 @@ def _node(cfg: DictConfig, name: str) -> Any:
 def _require_knob(cfg: DictConfig, override: Override) -> None:
     """UserError for a name that is not in the configuration and that no constructor takes."""
     name, known = override.key_or_group, set(names(cfg))
-    if name in known or _may_be_added(cfg, known, name):
+    if _node(cfg, name) is not None or _may_be_added(cfg, known, name):
         return
+    parent = name.rpartition(".")[0]
+    known |= {f"{parent}.{key}" for key in _children(_node(cfg, parent))}
     groups = [str(path.relative_to(CONFIGS)) for path in CONFIGS.rglob("*") if path.is_dir()]
     known = {knob for knob in known if knob.split(".")[0] != "hydra" and "._" not in knob} | set(groups)
     raise UserError(f"{name}: there is no such knob; {_nearest_knob(name, known)}")
@@ -243,14 +276,19 @@ def _may_be_added(cfg: DictConfig, known: set[str], name: str) -> bool:
         in_list = re.search(r"\.\d+(\.|$)", rest)  # lists are replaced as a whole there
         return stage in cfg.curriculum and not in_list and (rest in known or _may_be_added(cfg, known, rest))
     parent, _, last = name.rpartition(".")
-    if any(parent == path or parent.startswith(f"{path}.") for path in OPEN):
+    if is_open(name):
         return True
-    if parent and room not in known and (CONFIGS / room).is_dir():
+    if parent and room not in known and room in DEFERRED:
         return True  # a group at null: the knob changes what a stage or a model brings, and is checked there
     if last == "_target_" and "." in parent and _may_be_added(cfg, known, parent):
         return True  # an object for an argument that the YAML leaves out
     node = _node(cfg, parent) if parent else None
     return isinstance(node, DictConfig) and "_target_" in node and takes(str(node["_target_"]), last)
+
+
+def is_open(name: str) -> bool:
+    """Whether a knob is inside of a mapping whose keys are the user's."""
+    return any(name.startswith(f"{path}.") for path in OPEN)
 
 
 def _require_no_idle_root_key(cfg: DictConfig, config_name: str) -> None:
@@ -331,7 +369,7 @@ def _name_jobs_by_sweep(cfg: DictConfig, overrides: Iterable[Override]) -> None:
     swept = {override.key_or_group for override in overrides if override.is_sweep_override()}
     swept |= set(cfg.hydra.sweeper.get("params") or {})
     constant = [o.get_key_element() for o in overrides if o.key_or_group not in swept and not o.is_hydra_override()]
-    if constant:
+    if swept and constant:
         keys = ",".join(f"'{key}'" for key in dict.fromkeys(constant))
         cfg.hydra.overrides.hydra.append(f"hydra.job.config.override_dirname.exclude_keys=[{keys}]")
 

@@ -50,7 +50,7 @@ FILLED = ("in_channels", "out_channels", "context_dim", "vector_dim")
 
 
 def conditioner_facts(config: DictConfig) -> tuple[Widths, bool, bool, str]:
-    """(widths, needs_image, sees_mask, class name) of the conditioner that a configuration describes.
+    """(widths, needs_image, sees_mask, name) of the conditioner that a configuration describes.
 
     It is built for it, once for each configuration, so that a custom one needs no second description, and an
     encoder that is not available is reported before anything trains. Random numbers are drawn as if it were not.
@@ -60,9 +60,15 @@ def conditioner_facts(config: DictConfig) -> tuple[Widths, bool, bool, str]:
     if key not in _widths:
         with torch.random.fork_rng(devices=()):
             conditioner = cast(Conditioner, build(config.conditioner, "conditioner"))
-        name = type(conditioner).__name__
+        name = _name(conditioner)
         _widths[key] = (conditioner.widths(channels), conditioner.needs_image, conditioner.sees_mask, name)
     return _widths[key]
+
+
+def _name(conditioner: Conditioner) -> str:
+    """The class of a conditioner; of a composition, that of the part which needs a picture, if one does."""
+    parts = [part for part in conditioner.modules() if isinstance(part, Conditioner)]
+    return type(next((part for part in reversed(parts) if part.needs_image), conditioner)).__name__
 
 
 def check_fit(config: DictConfig, stages: Collection[str]) -> None:

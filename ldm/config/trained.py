@@ -64,12 +64,12 @@ def load_trained(checkpoint: str, weights: str, device: str) -> Trained:
     if folder.tokenizer is not None:
         _use_tokenizer(config.model, str(config.tokenizer_path), str(folder.tokenizer))
     model = cast(LatentDiffusion, build(config.model, "model"))
-    load_state(model, folder.weights(weights), str(folder.path))
+    load_into(model, folder.weights(weights), str(folder.path))
     model = model.eval().requires_grad_(False).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return Trained(model.to(pick_device(device)), folder, config)
 
 
-def load_state(module: nn.Module, state: Mapping[str, Tensor], origin: str) -> None:
+def load_into(module: nn.Module, state: Mapping[str, Tensor], origin: str) -> None:
     """Load a state; UserError that lists what is missing, unexpected or of another shape, and nothing is loaded."""
     expected = module.state_dict()
     wrong = [f"missing {name}" for name in expected if name not in state]
