@@ -25,8 +25,8 @@ help:
 	@echo "make clean        remove the environment and the caches (data/ and outputs/ stay)"
 	@echo "PYTHON=python3.12 picks the interpreter (3.11 or 3.12)"
 
-# The environment is brought up to date when pyproject.toml is newer than the stamps.
-$(VENV)/stamp: pyproject.toml
+# The environment is brought up to date when pyproject.toml or setup.py is newer than the stamps.
+$(VENV)/stamp: pyproject.toml setup.py
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' || { \
 		echo "Python 3.11 or 3.12 is needed, $(PYTHON) is $$($(PYTHON) --version 2>&1):" \
 		"make PYTHON=python3.12 ..." >&2; exit 1; }
