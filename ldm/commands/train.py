@@ -60,7 +60,7 @@ def _summary(invocation: Invocation, curriculum: list[str]) -> str:
         lines.append(f'sample:    {_command("sample")} checkpoint={run} prompt="..." out={run}/pictures')
         lines.append(f"evaluate:  {_command('evaluate')} checkpoint={run} out={run}/scores")
     rest = [name for name in curriculum if name not in records]
-    if rest:
+    if rest and any(text.startswith("stages=") for text in invocation.overrides):
         experiment = next((text for text in invocation.overrides if text.startswith("experiment=")), "experiment=NAME")
         lines.append(f"go on:     {_command('train')} {experiment} resume={run} stages=[{','.join(rest)}]")
     return "\n".join(lines) + "\n"

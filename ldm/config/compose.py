@@ -261,6 +261,8 @@ def _require_knob(cfg: DictConfig, override: Override) -> None:
     name, known = override.key_or_group, set(names(cfg))
     if _node(cfg, name) is not None or _may_be_added(cfg, known, name):
         return
+    if "/" in name:
+        raise UserError(f"{override.input_line}: no folder has {name}/; name one that does with --config-dir")
     parent = name.rpartition(".")[0]
     known |= {f"{parent}.{key}" for key in _children(_node(cfg, parent))}
     groups = [str(path.relative_to(CONFIGS)) for path in CONFIGS.rglob("*") if path.is_dir()]

@@ -69,3 +69,14 @@ def test_a_task_of_a_folder_on_hydras_search_path_is_found(tmp_path: Path) -> No
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         compose("train", [own, "experiment=quickstart"])
         assert load_option("task", "mine")["_target_"] == "mine.Task"
+
+
+def test_auxiliary_losses_are_chosen_by_name(tmp_path: Path) -> None:
+    common = ["experiment=quickstart", "loss/auxiliary=[spread]"]
+    with pytest.raises(UserError, match=r"loss/auxiliary=\[spread\]: .*--config-dir"):
+        compose("train", common)
+    own = folder(tmp_path, {"loss/auxiliary/spread.yaml": "spread:\n  _target_: mine.Spread\n  weight: 0.5\n"})
+    cfg = compose("train", [own, *common, "loss.auxiliary.spread.weight=2.0"])
+    assert cfg.loss.auxiliary == {"spread": {"_target_": "mine.Spread", "weight": 2.0}}
+    with pytest.raises(UserError, match="loss/auxiliary=spraed: .*did you mean spread"):
+        compose("train", [own, "experiment=quickstart", "loss/auxiliary=[spraed]"])

@@ -114,6 +114,7 @@ def trained(installed: Path, folder: Path) -> Path:
     done = run("ldm-train", installed, folder, "experiment=mine_tiny", "hydra.run.dir=run")
     assert done.returncode == 0, done.stderr
     assert f"ldm-sample --config-dir mine/configs checkpoint={folder / 'run'} " in done.stdout
+    assert "go on:" not in done.stdout  # all stages of the experiment are done
     return folder / "run"
 
 
@@ -169,7 +170,7 @@ def test_network_and_conditioner_are_the_users(trained: Path) -> None:
     assert model["conditioner"]["join"] == "sequence"
 
 
-def test_the_auxiliary_loss_has_its_own_column_and_no_part_in_validation(trained: Path) -> None:
+def test_the_auxiliary_loss_has_its_own_column_in_training_alone(trained: Path) -> None:
     logged = lines(trained / "base")
     train = [line for line in logged if "train/loss" in line]
     assert len(train) == 2 and all("train/dispersive" in line for line in train)
@@ -244,7 +245,8 @@ def test_the_metric_is_the_users(trained: Path, installed: Path, folder: Path) -
 @pytest.mark.slow
 def test_a_sweep_of_two_processes_a_job_finds_the_users_folder(installed: Path, folder: Path) -> None:
     done = run("ldm-train", installed, folder, "-m", "experiment=mine_tiny", "stages=[first_stage,base]",
-               "optimizer.lr=1e-3,2e-3", "trainer.devices=2", "trainer.strategy=ddp", "hydra.sweep.dir=sweep")  # fmt: skip
+               "optimizer.lr=1e-3,2e-3", "trainer.devices=2", "trainer.strategy=ddp",
+               "hydra.sweep.dir=sweep")  # fmt: skip
     assert done.returncode == 0, done.stderr
     models = sorted(str(path.parents[1].relative_to(folder)) for path in (folder / "sweep").rglob("model.json"))
     jobs = [f"sweep/optimizer.lr={lr}" for lr in ("0.001", "0.002")]
