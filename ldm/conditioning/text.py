@@ -3,16 +3,18 @@
 import hashlib
 import logging
 from collections.abc import Sequence
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 from ldm.checkpoint import fingerprint
 from ldm.conditioning.condition import Condition, Widths
 from ldm.conditioning.conditioner import Conditioner, Fields, check_probability, dropout_mask, texts
 from ldm.errors import UserError
+
+if TYPE_CHECKING:  # transformers takes longer to import than torch: loaded where a model of it is built
+    from transformers import CLIPTextModel, CLIPTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 log = logging.getLogger(__name__)
 
@@ -47,8 +49,8 @@ class TextConditioner(Conditioner):
 
     def __init__(
         self,
-        encoder: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerFast,
+        encoder: "PreTrainedModel",
+        tokenizer: "PreTrainedTokenizerFast",
         field: str = "caption",
         dropout: float = 0.0,
         layer: int = -1,
@@ -60,6 +62,8 @@ class TextConditioner(Conditioner):
         projection: nn.Linear | None = None,
         zero_empty_embedding: bool = False,
     ) -> None:
+        from transformers import CLIPTextModel
+
         super().__init__()
         check_probability("dropout", dropout)
         _check_tokenizer(tokenizer, encoder, max_length)
@@ -211,7 +215,7 @@ class TextConditioner(Conditioner):
         return self
 
 
-def _check_tokenizer(tokenizer: PreTrainedTokenizerFast, encoder: PreTrainedModel, max_length: int) -> None:
+def _check_tokenizer(tokenizer: "PreTrainedTokenizerFast", encoder: "PreTrainedModel", max_length: int) -> None:
     config = encoder.config.get_text_config()
     limit = getattr(config, "max_position_embeddings", None)  # None: any length, as T5's relative positions
     if max_length < 2 or (limit is not None and max_length > limit):
@@ -238,8 +242,10 @@ def clip_text_from_config(
     bos: int = 49406,
     eos: int = 49407,
     pad: int = 49407,
-) -> CLIPTextModel:
+) -> "CLIPTextModel":
     """A text encoder with random weights; the defaults are CLIP ViT-L/14's (123,060,480 parameters)."""
+    from transformers import CLIPTextConfig, CLIPTextModel
+
     if hidden_size % heads:
         raise UserError(f"hidden_size={hidden_size} is not a multiple of heads={heads}")
     config = CLIPTextConfig(
@@ -259,7 +265,7 @@ def clip_text_from_config(
 
 
 def clip_text_for(
-    tokenizer: CLIPTokenizer,
+    tokenizer: "CLIPTokenizer",
     hidden_size: int = 768,
     layers: int = 12,
     heads: int = 12,
@@ -268,7 +274,7 @@ def clip_text_for(
     act: str = "quick_gelu",
     token_std: float = 0.02,
     position_std: float = 0.02,
-) -> CLIPTextModel:
+) -> "CLIPTextModel":
     """A text encoder with random weights whose vocabulary and special tokens are the tokenizer's.
 
     `token_std` and `position_std` are the embeddings' initial standard deviations. CLIP's 0.02 is for long

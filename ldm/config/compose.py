@@ -1,12 +1,13 @@
 """Composition: one Hydra composition a command; unknown knobs are rejected with the nearest names.
 
-Hydra's loader is extended in two places, at import, so that every composition behaves alike (a command's, each job's
+Hydra is extended in three places, at import, so that every composition behaves alike (a command's, each job's
 of a sweep, a contact sheet's cell, also in the processes of a launcher plugin): an override may name an argument that
 a constructor takes and the YAML does not list, and what cannot be composed is a UserError of one line.
 """
 
 import os
 import re
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any, cast
 
 import hydra
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.hydra import Hydra
 from hydra.core.default_element import ConfigDefault
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -148,7 +150,9 @@ def _load(
     validate_sweep_overrides: bool = True,
 ) -> DictConfig:
     """Hydra's `load_configuration`; UserError of one line for what cannot be composed."""
-    parsed, values = parse(overrides), _value_keys(config_name)
+    parsed = parse(overrides)
+    root: Any = OmegaConf.load(CONFIGS / f"{config_name}.yaml") if config_name else {}
+    values = {key for key in map(str, root) if (CONFIGS / key).is_dir()}  # not groups there: `data` of evaluate.py
     groups = [o.input_line or "" for o in parsed if o.key_or_group not in values or o.is_sweep_override()]
     try:
         cfg = _load_configuration(loader, config_name, groups, run_mode, from_shell, validate_sweep_overrides)
@@ -156,6 +160,8 @@ def _load(
         raise UserError(_explain(loader, parsed, error)) from error
     if config_name is None:
         return cfg
+    if run_mode is RunMode.RUN and from_shell and cfg.hydra.mode is RunMode.MULTIRUN:
+        raise UserError("hydra.mode=MULTIRUN: give -m on the command line, a configuration cannot start a sweep")
     rest = [o for o in parsed if o.key_or_group in values and not o.is_sweep_override()]
     _apply(rest, cfg)
     cfg.hydra.overrides.task += [o.input_line for o in rest]
@@ -168,13 +174,6 @@ def _load(
     _require_distinct_names(cfg, loader)
     _require_no_idle_root_key(cfg, config_name)
     return cfg
-
-
-def _value_keys(config_name: str | None) -> set[str]:
-    """The keys of a command that are values there though a group has the name: `data` of evaluate.py."""
-    if config_name is None:
-        return set()
-    return {key for key in map(str, OmegaConf.load(CONFIGS / f"{config_name}.yaml")) if (CONFIGS / key).is_dir()}
 
 
 def _apply(overrides: list[Override], cfg: DictConfig) -> None:
@@ -198,9 +197,18 @@ def _apply(overrides: list[Override], cfg: DictConfig) -> None:
             OmegaConf.update(cfg, name, value, merge=True, force_add=True)
 
 
+def _mode(hydra: Hydra, config_name: str | None, overrides: list[str]) -> RunMode | None:
+    """Hydra's `get_mode`, of the command line alone; Hydra's composes the whole configuration once more to see it."""
+    if {"-m", "--multirun"} & set(sys.argv):
+        return None
+    swept = any(o.key_or_group == "hydra.mode" and o.value() == "MULTIRUN" for o in parse(overrides))
+    return RunMode.MULTIRUN if swept else RunMode.RUN
+
+
 _apply_overrides = ConfigLoaderImpl._apply_overrides_to_config
 ConfigLoaderImpl.load_configuration = _load  # type: ignore[method-assign, assignment]
 ConfigLoaderImpl._apply_overrides_to_config = staticmethod(_apply)  # type: ignore[method-assign]
+Hydra.get_mode = _mode  # type: ignore[method-assign, assignment]
 
 
 def _node(cfg: DictConfig, name: str) -> Any:
