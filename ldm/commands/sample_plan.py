@@ -123,27 +123,27 @@ class _Variants:
     _checked: set[str] = field(default_factory=set)
 
     def knobs(self, line: Line, cell: Mapping[str, str]) -> Knobs:
-        """All knobs of a picture: the command's, those of a line of the prompts file, those of a cell of the sheet."""
+        """All knobs of a picture: the command's, those of a line of the prompts file, those of a cell of the sheet.
+
+        They go over those of the recorded picture, or the model's own.
+        """
         for name in cell.keys() & line.keys():
             raise UserError(f"{name} is on an axis of the sheet as well; give it in one place")
         texts = {**cell} | {name: _text(name, value) for name, value in line.items() if name not in (*IMAGE_KNOBS, "n")}
         settings = tuple(f"{name}={text}" for name, text in texts.items() if name not in IMAGE_KNOBS)
         if settings not in self._settings:
-            self._settings[settings] = self._compose(settings)
+            overrides = [*self.overrides, *settings]
+            cfg = compose("sample", overrides) if settings else self.cfg
+            given = {name: cfg.get(name) for name in KNOBS}
+            defaults = self.model.get("sampling") if self.recorded is None else self.recorded
+            sampling = merge_sampling(defaults, given)
+            if self.recorded is not None:
+                names = {override.key_or_group.split(".")[0] for override in parse(overrides)}
+                given = self.recorded | {name: value for name, value in given.items() if name in names}
+            self._settings[settings] = given | sampling
         values = {name: _value(name, text) for name, text in cell.items() if name in IMAGE_KNOBS}
         values |= {name: value for name, value in line.items() if name in IMAGE_KNOBS}
         return self._check(self._settings[settings] | values)
-
-    def _compose(self, settings: Sequence[str]) -> Knobs:
-        """The knobs of the command line and `settings`, over those of the recorded picture, over the model's own."""
-        overrides = [*self.overrides, *settings]
-        cfg = compose("sample", overrides) if settings else self.cfg
-        given = {name: cfg.get(name) for name in KNOBS}
-        if self.recorded is None:
-            return given | merge_sampling(self.model.get("sampling"), given)
-        names = {override.key_or_group.split(".")[0] for override in parse(overrides)}
-        given = {name: value for name, value in given.items() if name in names}
-        return self.recorded | given | merge_sampling(self.recorded, given)
 
     def _check(self, knobs: Knobs) -> Knobs:
         """The knobs, complete; UserError for values that the model cannot be sampled with."""

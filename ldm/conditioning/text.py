@@ -66,7 +66,6 @@ class TextConditioner(Conditioner):
 
         super().__init__()
         check_probability("dropout", dropout)
-        _check_tokenizer(tokenizer, encoder, max_length)
         self.is_clip = isinstance(encoder, CLIPTextModel)
         modules = dict(encoder.named_modules())
         self.norm_name = next((name for name in FINAL_NORMS if name in modules), None)
@@ -85,14 +84,30 @@ class TextConditioner(Conditioner):
         self.truncated = 0
         self._name: str | None = None
         self._empty: Condition | None = None
-        self._check_states()
+        self._check_options()
         if frozen:
             self.requires_grad_(False)
         self.train(self.training)
 
-    def _check_states(self) -> None:
-        """Raise UserError for states that the encoder does not have."""
-        model, layers = type(self.encoder).__name__, self.encoder.config.get_text_config().num_hidden_layers
+    def _check_options(self) -> None:
+        """Raise UserError for a tokenizer that is not the encoder's, and for states that the encoder does not have."""
+        tokenizer, config = self.tokenizer, self.encoder.config.get_text_config()
+        limit = getattr(config, "max_position_embeddings", None)  # None: any length, as T5's relative positions
+        if self.max_length < 2 or (limit is not None and self.max_length > limit):
+            most = limit or "any number of"
+            raise UserError(f"max_length={self.max_length}: the text encoder takes 2 to {most} tokens")
+        if not getattr(tokenizer, "is_fast", False):
+            raise UserError(
+                f"{type(tokenizer).__name__} has no `tokenizers` backend: give a folder with a tokenizer.json"
+            )
+        if tokenizer.pad_token_id is None:
+            raise UserError("the tokenizer has no padding token: give tokenizer.pad_token, one of its tokens")
+        if len(tokenizer) > config.vocab_size:
+            raise UserError(
+                f"the tokenizer has {len(tokenizer)} tokens, the text encoder {config.vocab_size}: they are not of one "
+                "model; take both from the same folder, or build the encoder for it with clip_text_for(tokenizer, ...)"
+            )
+        model, layers = type(self.encoder).__name__, config.num_hidden_layers
         if not -layers <= self.layer <= -1:
             raise UserError(f"layer={self.layer}: the text encoder has layers -{layers} to -1")
         if self.final_norm and self.norm_name is None:
@@ -213,22 +228,6 @@ class TextConditioner(Conditioner):
             if self.projection is not None:
                 self.projection.train(False)
         return self
-
-
-def _check_tokenizer(tokenizer: "PreTrainedTokenizerFast", encoder: "PreTrainedModel", max_length: int) -> None:
-    config = encoder.config.get_text_config()
-    limit = getattr(config, "max_position_embeddings", None)  # None: any length, as T5's relative positions
-    if max_length < 2 or (limit is not None and max_length > limit):
-        raise UserError(f"max_length={max_length}: the text encoder takes 2 to {limit or 'any number of'} tokens")
-    if not getattr(tokenizer, "is_fast", False):
-        raise UserError(f"{type(tokenizer).__name__} has no `tokenizers` backend: give a folder with a tokenizer.json")
-    if tokenizer.pad_token_id is None:
-        raise UserError("the tokenizer has no padding token: give tokenizer.pad_token, one of its tokens")
-    if len(tokenizer) > config.vocab_size:
-        raise UserError(
-            f"the tokenizer has {len(tokenizer)} tokens, the text encoder {config.vocab_size}: they are not of one "
-            "model; take both from the same folder, or build the encoder for it with clip_text_for(tokenizer, ...)"
-        )
 
 
 def clip_text_from_config(

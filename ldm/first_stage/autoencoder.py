@@ -78,11 +78,6 @@ class FirstStage(nn.Module):
         """The decoder's last weight, where the adversarial weight is measured."""
         return self.decoder.conv_out.weight
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """The floating point type of the weights."""
-        return self.last_layer.dtype
-
     def forward(self, images: Tensor, noise: Tensor | None = None) -> Reconstruction:
         """The training path: images through all parts; noise [B, C, h, w] samples a KL posterior."""
         regularized: RegularizerOutput = self.regularizer(self._features(images), noise)
@@ -139,12 +134,12 @@ class FirstStage(nn.Module):
     def _features(self, images: Tensor) -> Tensor:
         """The regularizer's input [B, in_factor * C, h, w]."""
         self.check_size(images.shape[-2], images.shape[-1])
-        features: Tensor = self.quant_conv(self.encoder(images.to(self.dtype)))
+        features: Tensor = self.quant_conv(self.encoder(images.to(self.last_layer.dtype)))
         return features
 
     def _images(self, z: Tensor) -> Tensor:
         """The decoder's images [B, 3, H, W] of raw latents [B, C, h, w]."""
-        images: Tensor = self.decoder(self.post_quant_conv(z.to(self.dtype)))
+        images: Tensor = self.decoder(self.post_quant_conv(z.to(self.last_layer.dtype)))
         return images
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
