@@ -13,7 +13,7 @@ JOBS ?= 2
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-slow lint format clean
+.PHONY: help quickstart test test-slow lint format docs clean
 
 help:
 	@echo "make quickstart   set-up, data, first stage, base, fine-tune, samples, scores"
@@ -21,6 +21,7 @@ help:
 	@echo "make test-slow    all tests, the slow ones as well"
 	@echo "make lint         style, types and import rules alone"
 	@echo "make format       format the code"
+	@echo "make docs         the pages and the API reference as a site: build/docs/index.html"
 	@echo "make clean        remove the environment and the caches (data/ and outputs/ stay)"
 	@echo "PYTHON=python3.12 picks the interpreter (3.11 or 3.12)"
 
@@ -36,6 +37,10 @@ $(VENV)/stamp: pyproject.toml
 
 $(VENV)/stamp-test: $(VENV)/stamp
 	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	@touch $@
+
+$(VENV)/stamp-docs: $(VENV)/stamp
+	$(BIN)/python -m pip install --quiet --editable '.[docs]'
 	@touch $@
 
 quickstart: $(VENV)/stamp
@@ -60,6 +65,11 @@ test: lint
 
 test-slow: lint
 	$(BIN)/python -m pytest -n $(JOBS) -m "slow or not slow"
+
+# Fails on a broken link or reference (not with --quiet, which hides them); needs no network once its packages are there.
+docs: $(VENV)/stamp-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
+	@echo "open build/docs/index.html, or with search: $(BIN)/python -m http.server -d build/docs"
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

@@ -153,12 +153,13 @@ class _Variants:
         _check_inputs(knobs, self.inputs)
         whole_number("seed", knobs["seed"], least=None)
         steps = whole_number("steps", knobs["steps"])
-        if knobs["strength"] is None:
+        if knobs["strength"] is None and knobs["init_image"] is not None:
             knobs["strength"] = 1.0 if self.inputs.needs_image else STRENGTH
         for name in ("guidance_scale", "strength"):
-            if not isinstance(knobs[name], int | float) or isinstance(knobs[name], bool):
+            if not isinstance(knobs[name], int | float | None) or isinstance(knobs[name], bool):
                 raise UserError(f"{name}={knobs[name]!r}: expected a number")
-        steps_made(steps, knobs["strength"])
+        if knobs["strength"] is not None:
+            steps_made(steps, knobs["strength"])
         size = image_size(self.model, knobs["size"])
         knobs["size"] = list(size)
         key = repr([knobs[name] for name in (*BATCH_KNOBS, "init_image", "mask")])
@@ -180,6 +181,8 @@ def _check_inputs(knobs: Knobs, inputs: ModelInputs) -> None:
     for name in ("prompt", "negative_prompt"):
         if knobs[name] and not inputs.texts:
             raise UserError(f"{name}={knobs[name]}: this model reads no text; leave it out")
+    if knobs["init_image"] is None and knobs["strength"] is not None:
+        raise UserError(f"strength={knobs['strength']}: it has an effect with init_image alone; give init_image=FILE")
     if inputs.needs_image and knobs["init_image"] is None:
         raise UserError("init_image: not given; this model is shown a picture (super-resolution): give init_image=FILE")
 

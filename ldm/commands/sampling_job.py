@@ -29,7 +29,7 @@ from ldm.errors import UserError
 from ldm.evaluation.contact_sheet import contact_sheet
 from ldm.evaluation.grids import labelled_grid
 from ldm.generation import BATCH_SIZES, Generator, Request, open_image, save_image
-from ldm.versions import versions
+from ldm.versions import versions, write_versions
 
 MAX_ON_SHEET = 64  # pictures on a sheet without axes
 MAX_LISTED = 8  # paths in the report
@@ -132,6 +132,7 @@ def sample(cfg: Mapping[str, Any], overrides: Sequence[str]) -> str:
     with tqdm(total=sum(picture.steps for picture in pictures), unit="step", desc="sampling") as bar:
         job.run(pictures, devices, bar.update)
     write_sheet(pictures, axes, out)
+    write_versions(out)
     paths = [f"{out / picture.name}\n" for picture in pictures[:MAX_LISTED]]
     more = [f"... and {len(pictures) - MAX_LISTED} more\n"] if len(pictures) > MAX_LISTED else []
     count = f"{len(pictures)} image{'s' if len(pictures) > 1 else ''}"

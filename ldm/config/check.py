@@ -13,7 +13,7 @@ from collections.abc import Callable
 from enum import Enum
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
@@ -48,13 +48,22 @@ def build(node: DictConfig, path: str = "", **arguments: Any) -> Any:
         cause = error.__cause__ or error
         if isinstance(cause, UserError):
             raise cause from None
-        match = re.search(r"full_key: (\S+)", str(error))
-        inside = match[1] if match else ""
-        name = inside if inside.startswith(path) else ".".join(filter(None, (path, inside)))
         raise UserError(
-            f"{name}: {node['_target_']} cannot be built: {type(cause).__name__}: {str(cause).strip()} "
+            f"{_failed(node, path, str(error))} cannot be built: {type(cause).__name__}: {str(cause).strip()} "
             "(HYDRA_FULL_ERROR=1 shows the traceback)"
         ) from error
+
+
+def _failed(node: DictConfig, path: str, message: str) -> str:
+    """The knob and the class of the constructor that failed, from the message of Hydra's `instantiate`."""
+    target = re.search(r"target '([\w.]+)'", message)
+    full_key = re.search(r"full_key: (\S+)", message)
+    name, current = path, cast(Any, node)
+    for part in full_key[1].removeprefix(path).strip(".").split(".") if full_key else ():
+        inside = isinstance(current, DictConfig) and part in current
+        name = _origin(current, part, f"{name}." if name else "") if inside else f"{name}.{part}".strip(".")
+        current = current[part] if inside else None
+    return f"{name}: {target[1] if target else node['_target_']}"
 
 
 def check(node: Any, path: str = "", supplied: frozenset[str] = frozenset()) -> None:

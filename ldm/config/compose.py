@@ -1,13 +1,12 @@
 """Composition: one Hydra composition a command; unknown knobs are rejected with the nearest names.
 
-Hydra is extended in three places, at import, so that every composition behaves alike (a command's, each job's
+Hydra's loader is extended in two places, at import, so that every composition behaves alike (a command's, each job's
 of a sweep, a contact sheet's cell, also in the processes of a launcher plugin): an override may name an argument that
 a constructor takes and the YAML does not list, and what cannot be composed is a UserError of one line.
 """
 
 import os
 import re
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +14,6 @@ from typing import Any, cast
 
 import hydra
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
-from hydra._internal.hydra import Hydra
 from hydra.core.default_element import ConfigDefault
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -36,6 +34,8 @@ CONFIGS = next(path for path in (_ROOT / "configs", _ROOT.parent / "configs") if
 
 OPEN = ("callbacks", "logger", "loss.auxiliary", "evaluation.sets", "data.mixed_with", "metric_options")
 """Mappings whose keys are the user's: names of callbacks, loggers, losses, sets, sources, metrics."""
+DEFERRED = ("task", "sampler", "grid", "guidance")
+"""Groups that may be null in a command: the curriculum or the trained model then says what they are."""
 QUOTED = r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\""
 
 
@@ -64,6 +64,7 @@ def load_option(group: str, name: str) -> DictConfig:
         raise UserError(f"{group}={name}: there is no such {group}; {nearest(name, known)}")
     with _initialized():
         loader = cast(ConfigLoaderImpl, GlobalHydra.instance().config_loader())
+        _require_one_file(loader, f"{group}/{name}")
         files = dict(_files(loader, f"{group}/{name}"))
         for path in files:
             for entry in cast(ConfigResult, loader.repository.load_config(path)).defaults_list or []:
@@ -120,14 +121,24 @@ def with_texts(overrides: Sequence[str], knobs: Sequence[str]) -> list[str]:
 
 
 def names(node: Any, prefix: str = "") -> Iterator[str]:
-    """The dotted names of everything in a configuration, mappings in lists included (`conditioners.0.dropout`)."""
-    if not OmegaConf.is_config(node) or node._is_none() or node._is_missing() or node._is_interpolation():
-        return
-    for name in node if isinstance(node, DictConfig) else range(len(node)):
-        inner = node._get_node(name)
-        if isinstance(node, DictConfig) or isinstance(inner, DictConfig):
-            yield f"{prefix}{name!s}"
-            yield from names(inner, f"{prefix}{name!s}.")
+    """The dotted names of everything in a configuration; a list is one thing."""
+    if isinstance(node, DictConfig):
+        for name, child in _children(node).items():
+            yield f"{prefix}{name}"
+            yield from names(child, f"{prefix}{name}.")
+
+
+def _children(node: Any) -> dict[str, Any]:
+    """What a mapping or a list holds, by name or number, interpolations as they are; nothing of any other node."""
+    if (
+        not isinstance(node, DictConfig | ListConfig)
+        or node._is_none()
+        or node._is_missing()
+        or node._is_interpolation()
+    ):
+        return {}
+    keys = range(len(node)) if isinstance(node, ListConfig) else list(node)
+    return {str(key): node._get_node(key) for key in keys}
 
 
 def interpolated(node: Any) -> set[str]:
@@ -149,7 +160,35 @@ def _load(
     from_shell: bool = True,
     validate_sweep_overrides: bool = True,
 ) -> DictConfig:
-    """Hydra's `load_configuration`; UserError of one line for what cannot be composed."""
+    """Hydra's `load_configuration`; UserError of one line for what cannot be composed.
+
+    A command asks twice for the same configuration, for its mode and to run; the second time it gets the first one's.
+    """
+    sweeps = any(override.is_sweep_override() for override in parse(overrides))
+    request = (config_name, tuple(overrides), run_mode if sweeps else None)
+    if request == _Composed.request:
+        _Composed.request = None
+        return _Composed.cfg
+    cfg = _compose(loader, config_name, overrides, run_mode, from_shell, validate_sweep_overrides)
+    _Composed.request, _Composed.cfg = None if validate_sweep_overrides else request, cfg
+    return cfg
+
+
+class _Composed:
+    """The configuration that a command's mode was read from, until the command itself asks for it."""
+
+    request: tuple[str | None, tuple[str, ...], RunMode | None] | None = None
+    cfg: DictConfig
+
+
+def _compose(
+    loader: ConfigLoaderImpl,
+    config_name: str | None,
+    overrides: list[str],
+    run_mode: RunMode,
+    from_shell: bool,
+    validate_sweep_overrides: bool,
+) -> DictConfig:
     parsed = parse(overrides)
     root: Any = OmegaConf.load(CONFIGS / f"{config_name}.yaml") if config_name else {}
     values = {key for key in map(str, root) if (CONFIGS / key).is_dir()}  # not groups there: `data` of evaluate.py
@@ -160,8 +199,6 @@ def _load(
         raise UserError(_explain(loader, parsed, error)) from error
     if config_name is None:
         return cfg
-    if run_mode is RunMode.RUN and from_shell and cfg.hydra.mode is RunMode.MULTIRUN:
-        raise UserError("hydra.mode=MULTIRUN: give -m on the command line, a configuration cannot start a sweep")
     rest = [o for o in parsed if o.key_or_group in values and not o.is_sweep_override()]
     _apply(rest, cfg)
     cfg.hydra.overrides.task += [o.input_line for o in rest]
@@ -170,6 +207,9 @@ def _load(
         for override in parsed:
             if override.is_sweep_override() and not loader.repository.group_exists(override.key_or_group):
                 _require_knob(cfg, override)
+    for group, choice in cfg.hydra.runtime.choices.items():
+        for name in choice if OmegaConf.is_list(choice) else [choice]:
+            _require_one_file(loader, f"{group}/{name}")
     _drop_replaced_knobs(cfg, loader)
     _require_distinct_names(cfg, loader)
     _require_no_idle_root_key(cfg, config_name)
@@ -197,38 +237,26 @@ def _apply(overrides: list[Override], cfg: DictConfig) -> None:
             OmegaConf.update(cfg, name, value, merge=True, force_add=True)
 
 
-def _mode(hydra: Hydra, config_name: str | None, overrides: list[str]) -> RunMode | None:
-    """Hydra's `get_mode`, of the command line alone; Hydra's composes the whole configuration once more to see it."""
-    if {"-m", "--multirun"} & set(sys.argv):
-        return None
-    swept = any(o.key_or_group == "hydra.mode" and o.value() == "MULTIRUN" for o in parse(overrides))
-    return RunMode.MULTIRUN if swept else RunMode.RUN
-
-
 _apply_overrides = ConfigLoaderImpl._apply_overrides_to_config
 ConfigLoaderImpl.load_configuration = _load  # type: ignore[method-assign, assignment]
 ConfigLoaderImpl._apply_overrides_to_config = staticmethod(_apply)  # type: ignore[method-assign]
-Hydra.get_mode = _mode  # type: ignore[method-assign, assignment]
 
 
 def _node(cfg: DictConfig, name: str) -> Any:
     """The node with a dotted name, its interpolations as they are; None where there is none."""
     node: Any = cfg
     for part in name.split("."):
-        if not OmegaConf.is_config(node) or node._is_none() or node._is_interpolation():
-            return None
-        key = int(part) if isinstance(node, ListConfig) and part.isdecimal() else part
-        if key not in (range(len(node)) if isinstance(node, ListConfig) else cast(dict[Any, Any], node._content)):
-            return None
-        node = node._get_node(key)
+        node = _children(node).get(part)
     return node
 
 
 def _require_knob(cfg: DictConfig, override: Override) -> None:
     """UserError for a name that is not in the configuration and that no constructor takes."""
     name, known = override.key_or_group, set(names(cfg))
-    if name in known or _may_be_added(cfg, known, name):
+    if _node(cfg, name) is not None or _may_be_added(cfg, known, name):
         return
+    parent = name.rpartition(".")[0]
+    known |= {f"{parent}.{key}" for key in _children(_node(cfg, parent))}
     groups = [str(path.relative_to(CONFIGS)) for path in CONFIGS.rglob("*") if path.is_dir()]
     known = {knob for knob in known if knob.split(".")[0] != "hydra" and "._" not in knob} | set(groups)
     raise UserError(f"{name}: there is no such knob; {_nearest_knob(name, known)}")
@@ -242,12 +270,19 @@ def _may_be_added(cfg: DictConfig, known: set[str], name: str) -> bool:
         in_list = re.search(r"\.\d+(\.|$)", rest)  # lists are replaced as a whole there
         return stage in cfg.curriculum and not in_list and (rest in known or _may_be_added(cfg, known, rest))
     parent, _, last = name.rpartition(".")
-    if any(parent == path or parent.startswith(f"{path}.") for path in OPEN):
+    if is_open(name):
         return True
-    if parent and room not in known and (CONFIGS / room).is_dir():
+    if parent and room not in known and room in DEFERRED:
         return True  # a group at null: the knob changes what a stage or a model brings, and is checked there
+    if last == "_target_" and "." in parent and _may_be_added(cfg, known, parent):
+        return True  # an object for an argument that the YAML leaves out
     node = _node(cfg, parent) if parent else None
     return isinstance(node, DictConfig) and "_target_" in node and takes(str(node["_target_"]), last)
+
+
+def is_open(name: str) -> bool:
+    """Whether a knob is inside of a mapping whose keys are the user's."""
+    return any(name.startswith(f"{path}.") for path in OPEN)
 
 
 def _require_no_idle_root_key(cfg: DictConfig, config_name: str) -> None:
@@ -258,6 +293,14 @@ def _require_no_idle_root_key(cfg: DictConfig, config_name: str) -> None:
         if name not in shipped and name not in groups and name != "hydra" and name not in interpolated(cfg):
             known = shipped - {"defaults", "hydra"} | groups
             raise UserError(f"{name}: nothing reads this key; {nearest(name, known)}")
+
+
+def _require_one_file(loader: ConfigLoaderImpl, path: str) -> None:
+    """UserError where two folders of the search path have an option: one of them would be ignored."""
+    sources = [source for source in loader.repository.get_sources() if source.provider not in ("hydra", "schema")]
+    folders = {os.path.realpath(source.path) for source in sources if source.is_config(path)}
+    if len(folders) > 1:
+        raise UserError(f"{path}.yaml is in {' and in '.join(sorted(folders))}; give one of them another name")
 
 
 def _drop_replaced_knobs(cfg: DictConfig, loader: ConfigLoaderImpl) -> None:
@@ -323,7 +366,7 @@ def _name_jobs_by_sweep(cfg: DictConfig, overrides: Iterable[Override]) -> None:
     swept = {override.key_or_group for override in overrides if override.is_sweep_override()}
     swept |= set(cfg.hydra.sweeper.get("params") or {})
     constant = [o.get_key_element() for o in overrides if o.key_or_group not in swept and not o.is_hydra_override()]
-    if constant:
+    if swept and constant:
         keys = ",".join(f"'{key}'" for key in dict.fromkeys(constant))
         cfg.hydra.overrides.hydra.append(f"hydra.job.config.override_dirname.exclude_keys=[{keys}]")
 

@@ -4,15 +4,19 @@ from collections.abc import Collection
 from typing import Any, cast
 
 import torch
+from hydra.errors import InstantiationException
 from omegaconf import DictConfig, OmegaConf
+from torch import nn
 
 from ldm.conditioning.condition import Widths
 from ldm.conditioning.conditioner import Conditioner
 from ldm.config.check import build
 from ldm.data.loading.fetch import View
+from ldm.diffusion.auxiliary import check_taps
 from ldm.errors import UserError
 from ldm.first_stage.autoencoder import FirstStage
 from ldm.latent_diffusion import check_latents, check_widths
+from ldm.networks.protocol import check_network
 
 AUTO = "auto"
 _widths: dict[str, tuple[Widths, bool, bool, str]] = {}  # of conditioners that were built, by their configuration
@@ -46,7 +50,7 @@ FILLED = ("in_channels", "out_channels", "context_dim", "vector_dim")
 
 
 def conditioner_facts(config: DictConfig) -> tuple[Widths, bool, bool, str]:
-    """(widths, needs_image, sees_mask, class name) of the conditioner that a configuration describes.
+    """(widths, needs_image, sees_mask, name) of the conditioner that a configuration describes.
 
     It is built for it, once for each configuration, so that a custom one needs no second description, and an
     encoder that is not available is reported before anything trains. Random numbers are drawn as if it were not.
@@ -56,9 +60,15 @@ def conditioner_facts(config: DictConfig) -> tuple[Widths, bool, bool, str]:
     if key not in _widths:
         with torch.random.fork_rng(devices=()):
             conditioner = cast(Conditioner, build(config.conditioner, "conditioner"))
-        name = type(conditioner).__name__
+        name = _name(conditioner)
         _widths[key] = (conditioner.widths(channels), conditioner.needs_image, conditioner.sees_mask, name)
     return _widths[key]
+
+
+def _name(conditioner: Conditioner) -> str:
+    """The class of a conditioner; of a composition, that of the part which needs a picture, if one does."""
+    parts = [part for part in conditioner.modules() if isinstance(part, Conditioner)]
+    return type(next((part for part in reversed(parts) if part.needs_image), conditioner)).__name__
 
 
 def check_fit(config: DictConfig, stages: Collection[str]) -> None:
@@ -67,13 +77,15 @@ def check_fit(config: DictConfig, stages: Collection[str]) -> None:
     First stage and network are built without memory for it. `stages` are those that a first stage may come from; the
     latents of another model are compared when the parts are loaded.
     """
-    first_stage = cast(FirstStage, _on_meta(config.first_stage, "first_stage"))
+    first_stage = cast(FirstStage, build_on_meta(config.first_stage, "first_stage"))
     configured = config.first_stage_from is None or config.first_stage_from in stages
     if configured and config.data.get("buckets") is None:
         first_stage.check_size(*View.of(config.data.size).size)
     if not refers_to(config, "network"):
         return
-    network = _on_meta(config.network, "network")
+    network = build_on_meta(config.network, "network")
+    check_network(network)
+    _check_taps(config, network)
     widths, needs_image, sees_mask, name = conditioner_facts(config)
     if needs_image and config.latents is not None:
         raise UserError(
@@ -95,6 +107,25 @@ def refers_to(config: DictConfig, part: str) -> bool:
     return f"${{{part}}}" in repr(OmegaConf.to_container(config.task, resolve=False))
 
 
-def _on_meta(node: DictConfig, path: str) -> Any:
-    with torch.device("meta"):
-        return build(node, path)
+def _check_taps(config: DictConfig, network: nn.Module) -> None:
+    """UserError where an auxiliary loss taps what the network does not have."""
+    terms = config.loss.get("auxiliary") if refers_to(config, "loss") else None
+    for name, term in (terms or {}).items():
+        try:
+            check_taps(network, term.get("taps") or () if term is not None else ())
+        except UserError as error:
+            raise UserError(f"loss.auxiliary.{name}.{error}") from error
+
+
+def build_on_meta(node: DictConfig, path: str) -> Any:
+    """The object without memory for its weights, for its shapes.
+
+    Where a constructor needs real numbers (`Tensor.item()`, pretrained weights) the whole object.
+    """
+    try:
+        with torch.device("meta"):
+            return build(node, path)
+    except UserError as error:
+        if isinstance(error.__cause__, InstantiationException):
+            return build(node, path)
+        raise

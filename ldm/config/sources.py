@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from ldm.conditioning.text import TextConditioner
 from ldm.config.check import build, locate
-from ldm.errors import UserError, listed, nearest
+from ldm.config.trained import load_into
+from ldm.errors import UserError, nearest
 from ldm.first_stage.autoencoder import FirstStage
 from ldm.interop.convert import read
 from ldm.interop.nodes import STATISTICS
@@ -170,7 +171,7 @@ def _load_parts(model: nn.Module, source: Package, parts: Sequence[str]) -> None
             raise UserError(f"init_parts: {source.origin} has no weights of {name!r}")
     chosen = {name: tensor for name, tensor in source.state.items() if name.startswith(prefixes)}
     kept = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(prefixes)}
-    _load(model, chosen | kept, source.origin)
+    load_into(model, chosen | kept, source.origin)
     for place in places:
         note_origin(model.get_submodule(place), source.origin)
     log.info("%s: from %s (init_from)", ", ".join(parts), source.origin)
@@ -224,19 +225,5 @@ def _rounded(values: Tensor) -> str:
 
 def load_strictly(module: nn.Module, state: Mapping[str, Tensor], origin: str) -> None:
     """Loads a state; UserError that lists what is missing, unexpected or of another shape, and nothing is loaded."""
-    _load(module, state, origin)
+    load_into(module, state, origin)
     note_origin(module, origin)
-
-
-def _load(module: nn.Module, state: Mapping[str, Tensor], origin: str) -> None:
-    own = module.state_dict()
-    wrong = [f"missing {name}" for name in own if name not in state]
-    wrong += [f"unexpected {name}" for name in state if name not in own]
-    wrong += [
-        f"{name}: {list(state[name].shape)} in the file, {list(own[name].shape)} in the model"
-        for name in own
-        if name in state and own[name].shape != state[name].shape
-    ]
-    if wrong:
-        raise UserError(f"the weights in {origin} don't fit the model: {listed(wrong)}")
-    module.load_state_dict(state)

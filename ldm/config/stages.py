@@ -5,7 +5,7 @@ from typing import cast
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ldm.config.compose import load_option, names, parse
+from ldm.config.compose import is_open, load_option, names, parse
 from ldm.errors import UserError, nearest
 
 
@@ -23,8 +23,8 @@ def stage_config(cfg: DictConfig, stage: str, overrides: list[str]) -> DictConfi
     known = set(names(root))
     for name in names(difference):
         parents = [name.rsplit(".", n)[0] for n in range(1, name.count(".") + 1)]
-        inside_target = any(OmegaConf.select(root, f"{p}._target_") for p in parents)  # `check` knows better there
-        if name not in known and not inside_target:
+        inside_target = any(f"{parent}._target_" in known for parent in parents)  # `check` knows better there
+        if name not in known and not inside_target and not is_open(name):
             raise UserError(f"curriculum.{stage}.{name}: there is no such knob; {nearest(name, known)}")
     merged = cast(DictConfig, OmegaConf.merge(root, difference, {"task": task}))
     for override in parse(overrides):

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ldm.config.check import build, check, locate
 from ldm.config.devices import pick_device
+from ldm.config.infer import build_on_meta
 from ldm.diffusion.schedule import Schedule
 from ldm.errors import UserError, listed
 from ldm.first_stage.autoencoder import FirstStage
@@ -63,12 +64,12 @@ def load_trained(checkpoint: str, weights: str, device: str) -> Trained:
     if folder.tokenizer is not None:
         _use_tokenizer(config.model, str(config.tokenizer_path), str(folder.tokenizer))
     model = cast(LatentDiffusion, build(config.model, "model"))
-    load_state(model, folder.weights(weights), str(folder.path))
+    load_into(model, folder.weights(weights), str(folder.path))
     model = model.eval().requires_grad_(False).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return Trained(model.to(pick_device(device)), folder, config)
 
 
-def load_state(module: nn.Module, state: Mapping[str, Tensor], origin: str) -> None:
+def load_into(module: nn.Module, state: Mapping[str, Tensor], origin: str) -> None:
     """Load a state; UserError that lists what is missing, unexpected or of another shape, and nothing is loaded."""
     expected = module.state_dict()
     wrong = [f"missing {name}" for name in expected if name not in state]
@@ -166,8 +167,7 @@ def trained_size(trained: Trained, size: int | Sequence[int] | None) -> tuple[in
 
 def untrained_parts(config: DictConfig) -> tuple[Schedule, FirstStage]:
     """The schedule and the first stage without weights: enough to check sizes and steps before anything is loaded."""
-    with torch.device("meta"):
-        first_stage = build(config.model.first_stage, "model.first_stage")
+    first_stage = build_on_meta(config.model.first_stage, "model.first_stage")
     return build(config.model.denoiser.schedule, "model.denoiser.schedule"), first_stage
 
 

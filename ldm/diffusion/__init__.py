@@ -1,1 +1,1 @@
-"""The mathematics: noise levels, what a network predicts, and the loss that trains it."""
+"""The mathematics of diffusion: noise schedules, prediction types, the denoiser and its training loss."""

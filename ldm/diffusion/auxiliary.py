@@ -1,4 +1,4 @@
-"""Auxiliary losses: terms beside the denoising loss that may look at features inside of the network."""
+"""Auxiliary losses: terms in addition to the denoising loss, which may use features inside of the network."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -54,7 +54,7 @@ class AuxiliaryLoss(nn.Module, ABC):
         """The loss of each sample [B]; `features` are the taps' outputs by name."""
 
     def mean(self, name: str, features: Mapping[str, Tensor], batch: AuxiliaryInputs) -> Tensor:
-        """The mean over the batch, a scalar; UserErrors say the term's `name` in the configuration."""
+        """The mean over the batch, a scalar; UserErrors name the term by its `name` in the configuration."""
         if self.needs_images and batch.images is None:
             raise UserError(f"auxiliary.{name} needs the pictures, which cached latents do not have; give latents=null")
         losses: Tensor = self({tap: features[tap] for tap in self.taps}, batch)
@@ -71,14 +71,14 @@ def check_taps(network: nn.Module, taps: Iterable[str]) -> None:
             raise UserError(f"taps: {type(network).__name__} has no submodule {tap!r}; {nearest(tap, modules)}")
         if any(module._compiled_call_impl is not None for module in modules.values()):
             raise UserError(
-                f"taps: {tap!r} is inside of a network compiled by torch.compile, which skips hooks that come after "
+                f"taps: {tap!r} is inside a network compiled by torch.compile, which skips hooks that come after "
                 "compilation; give compile=false, or an auxiliary loss without taps"
             )
 
 
 @contextmanager
 def tapped(network: nn.Module, taps: Iterable[str]) -> Iterator[dict[str, Tensor]]:
-    """The outputs of submodules by name, filled while the network runs inside of the `with` block.
+    """The outputs of submodules by name, filled while the network runs inside the `with` block.
 
     Raises UserError at the block's end where a submodule did not run, or did not return a tensor.
     """

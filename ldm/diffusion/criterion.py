@@ -1,4 +1,4 @@
-"""How far the network's output is from its target, number by number."""
+"""Criteria: the error of the network's output for each value of its difference from the target."""
 
 from abc import ABC, abstractmethod
 
@@ -9,22 +9,22 @@ from ldm.errors import UserError
 
 
 class Criterion(ABC):
-    """A penalty for a difference."""
+    """An error for each value of a difference."""
 
     @abstractmethod
     def __call__(self, difference: Tensor) -> Tensor:
-        """The penalty of each number, shaped like `difference`, at least 0."""
+        """The error of each value, shaped like `difference`, at least 0."""
 
 
 class L2(Criterion):
-    """The square: its best answer is the mean, which is what samplers take a denoiser for."""
+    """The squared error: its optimum is the mean, which is what samplers expect of a denoiser."""
 
     def __call__(self, difference: Tensor) -> Tensor:
         return difference.square()
 
 
 class L1(Criterion):
-    """The absolute value: its best answer is the median (LDM's LSUN-churches)."""
+    """The absolute error: its optimum is the median (LDM's LSUN-churches)."""
 
     def __call__(self, difference: Tensor) -> Tensor:
         return difference.abs()

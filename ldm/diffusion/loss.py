@@ -15,7 +15,7 @@ from ldm.randomness import fold, normal, uniform
 
 
 class DenoisingLoss(NamedTuple):
-    """The loss to minimise, and what it is made of."""
+    """The loss to minimise, and its parts."""
 
     loss: Tensor
     """Scalar: the weighted denoising loss plus the weighted auxiliary losses."""

@@ -1,6 +1,6 @@
 """Noise schedules: the level (alpha, sigma) at time t, where `z_t = alpha x0 + sigma eps`.
 
-Time is a real number in the schedule's own unit: 0 to 999 for the discrete 1000-step schedules of DDPM and
+Time is a real number in the unit of the schedule: 0 to 999 for the discrete 1000-step schedules of DDPM and
 Stable Diffusion, 0 to 1 for rectified flow, the deviation of the noise for EDM. One more time, `t_clean`, stands
 for the data itself.
 """
@@ -61,7 +61,7 @@ class Schedule(ABC):
 
     @abstractmethod
     def network_time(self, t: Tensor) -> Tensor:
-        """What the network's time embedding is given: t on the scale 0 to 1000, float32."""
+        """The input of the network's time embedding: t on the scale 0 to 1000, float32."""
 
     @abstractmethod
     def time_of_log_snr(self, log_snr: Tensor) -> Tensor:
@@ -158,7 +158,7 @@ class Cosine(Discrete):
 
 
 class ZeroTerminalSNR(Discrete):
-    """Another schedule, rescaled so that nothing of the data is left at its end (Lin et al. 2023, algorithm 1).
+    """Another schedule, rescaled so that its last level has no signal (Lin et al. 2023, algorithm 1).
 
     alpha is shifted to 0 at the last time and stretched to what it was at the first. Between the integer times
     the angle atan(alpha / sigma) is linear, since log-SNR is infinite at the end.
@@ -241,7 +241,7 @@ class RectifiedFlow(Schedule):
 class VarianceExploding(Schedule):
     """alpha = 1, sigma = t, the noise's deviation itself (Karras et al. 2022, table 1, EDM): 0.002 to 80.
 
-    "Uniform" is uniform in log sigma, and the network is given log sigma, which is what EDM gives it up to the
+    "Uniform" is uniform in log sigma, and the network's time is log sigma, as in EDM up to the
     scale: 0 at sigma_min, 1000 at sigma_max. z is not of unit variance: use it with prediction=edm.
     """
 

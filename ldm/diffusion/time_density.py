@@ -1,4 +1,4 @@
-"""Which noise levels a training run visits: the density of t."""
+"""Time densities: how often training visits each noise level."""
 
 from abc import ABC, abstractmethod
 from math import gcd
@@ -62,8 +62,8 @@ class LogNormal(TimeDensity):
 class ResolutionShifted(TimeDensity):
     """Another density, its times moved towards the noise, as larger pictures need (Esser et al. 2024, eq. 23).
 
-    The same noise hides less of a larger picture. `pixels` of the training pictures over `base_pixels`, those that
-    the other density is right for, give shift = sqrt(pixels / base_pixels): 1024^2 over 256^2 gives 4.
+    The same noise hides less of a larger picture. `pixels` of the training pictures over the `base_pixels` that
+    the other density is meant for give shift = sqrt(pixels / base_pixels): 1024^2 over 256^2 gives 4.
     """
 
     def __init__(self, density: TimeDensity, pixels: float, base_pixels: float) -> None:
@@ -84,11 +84,11 @@ def normal_quantile(u: Tensor, mean: float, std: float) -> Tensor:
 
 
 def stratified(u: Tensor, positions: Tensor, global_batch: int) -> Tensor:
-    """u [B] in [0, 1), each within a stratum of its own, so that a global batch visits all of a density evenly.
+    """u [B] in [0, 1), each in a different stratum, so that a global batch visits all of a density evenly.
 
     The sample at a position takes the stratum position k mod N, k next to N / golden ratio and without a common
-    factor with N = `global_batch`: every position another one, and positions that follow each other, which are
-    those of a rank, are spread over all of [0, 1).
+    factor with N = `global_batch`: every position another one, and consecutive positions, which are those
+    of a rank, are spread over all of [0, 1).
     """
     k = max(1, round(global_batch * GOLDEN))
     while gcd(k, global_batch) > 1:

@@ -1,4 +1,4 @@
-"""Loss weights per noise level, for the squared error of the network's own output.
+"""Loss weights per noise level, for the squared error of the network's output.
 
 Papers state their weight for the error of x0 or of eps. |out - target| = |det| / sigma |error of x0|, and the error
 of eps is alpha / sigma that of x0, so a weight w on x0 is w (sigma / det)^2 on the output, and a weight on eps is
@@ -99,7 +99,7 @@ class LearnedUncertainty(Weighting):
     """Another weighting's loss L as L / e^u + u, u(level) learned (Karras et al. 2024, EDM2; Kendall et al. 2018).
 
     The best u is the logarithm of the level's mean loss, so every level comes to contribute alike. u is a sum of
-    `channels` cosines over log-SNR from -20 to 20, and begins as 0. The loss that is told may be negative.
+    `channels` cosines over log-SNR from -20 to 20, and starts at 0. The reported loss may be negative.
     """
 
     def __init__(self, weighting: Weighting, channels: int = 32) -> None:

@@ -23,7 +23,7 @@ def head_count(channels: int, num_heads: int | None, head_channels: int | None) 
 
 
 class Attention(nn.Module):
-    """Multi-head attention from x [B, N, C] to a context [B, L, D]; to x itself when there is none."""
+    """Multi-head attention from x [B, N, C] to a context [B, L, D]; to x itself without one."""
 
     def __init__(self, channels: int, heads: int, context_dim: int | None = None) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ class FeedForward(nn.Module):
     """A gated feed-forward layer, GEGLU (Shazeer 2020): out(value * gelu(gate)), four times as wide.
 
     Value and gate are two products with the halves of one weight (the layout of published files): the halves of one
-    product lie in memory with gaps between their rows, which takes up to 1.4 times the time on a CPU.
+    product have gaps between their rows in memory, which takes up to 1.4 times as long on a CPU.
     """
 
     def __init__(self, channels: int, mult: int = 4) -> None:

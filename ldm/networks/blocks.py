@@ -12,7 +12,7 @@ from ldm.errors import UserError
 
 T = TypeVar("T", int, bool)
 Resize = Callable[[Tensor, tuple[int, int] | None], Tensor]
-"""Changes the resolution of [B, C, h, w], where it can to a given (height, width)."""
+"""Changes the resolution of [B, C, h, w]; doubling takes the (height, width) to reach."""
 
 
 def zero_(module: nn.Module) -> None:
@@ -104,7 +104,7 @@ class ResBlock(nn.Module):
 
 
 def halve(x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
-    """[B, C, h, w] to [B, C, ceil(h/2), ceil(w/2)]: the mean of each 2x2 pixels; `size` is not asked."""
+    """[B, C, h, w] to [B, C, ceil(h/2), ceil(w/2)]: the mean of each 2x2 pixels; `size` is not used."""
     return F.avg_pool2d(x, 2, ceil_mode=True)
 
 
@@ -125,7 +125,7 @@ class Downsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=0 if asymmetric else 1)
 
     def forward(self, x: Tensor, emb: Tensor | None = None) -> Tensor:
-        """[B, C, h, w] to [B, C, ceil(h/2), ceil(w/2)] (floor when asymmetric); `emb` is not asked."""
+        """[B, C, h, w] to [B, C, ceil(h/2), ceil(w/2)] (floor when asymmetric); `emb` is not used."""
         out: Tensor = self.conv(F.pad(x, (0, 1, 0, 1)) if self.asymmetric else x)
         return out
 
@@ -138,6 +138,6 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor, emb: Tensor | None = None, size: tuple[int, int] | None = None) -> Tensor:
-        """[B, C, h, w] to [B, C, *size], by default twice as high and wide; `emb` is not asked."""
+        """[B, C, h, w] to [B, C, *size], by default twice as high and wide; `emb` is not used."""
         out: Tensor = self.conv(double(x, size))
         return out

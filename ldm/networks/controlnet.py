@@ -1,4 +1,4 @@
-"""ControlNet: a picture's say in a UNet, by feature maps that are added to those of its way down."""
+"""ControlNet: conditions a UNet on a picture by feature maps that are added to those of its way down."""
 
 from copy import deepcopy
 from itertools import pairwise
@@ -10,18 +10,18 @@ from ldm.errors import UserError
 from ldm.networks.blocks import zero_
 from ldm.networks.unet import UNet
 
-HINT_widths = (16, 16, 32, 32, 96, 96, 256)  # of the convolutions over the picture; those that widen halve it as well
+HINT_widths = (16, 16, 32, 32, 96, 96, 256)  # of the convolutions over the picture; those that widen also halve it
 HINT_factor = 8
 
 
 class ControlNet(nn.Module):
-    """What `UNet.forward` takes as `control`: what is added to the feature maps of its way down and of its middle.
+    """The `control` of `UNet.forward`: feature maps that are added to those of its way down and of its middle.
 
     Args:
         unet: the UNet to control. Its way down and its middle are copied, weights included, and trained.
-        hint_channels: of the picture that controls, 3.
+        hint_channels: channels of the control picture, 3.
 
-    It begins at zero: each output passes a 1x1 convolution of zeros. For SD 1's UNet it has 361,279,120 parameters.
+    It starts at zero: each output passes a 1x1 convolution of zeros. For SD 1's UNet it has 361,279,120 parameters.
 
     Source: Zhang et al. 2023 (Adding Conditional Control to Text-to-Image Diffusion Models), section 3.
     """

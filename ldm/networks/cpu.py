@@ -12,8 +12,8 @@ VECTOR_floats = 16  # in a vector register of AVX-512
 PAD_pixels, CONTIGUOUS_pixels = 256, 1024  # queries from which a copy of the keys is worth its time
 
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # glibc's malloc.h: M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
-LARGEST_bytes = 32 << 20  # of a block that is kept: glibc takes no larger threshold
-ALLOCATOR_SETTINGS = ("MALLOC_", "GLIBC_TUNABLES", "LD_PRELOAD")  # the user's own, or another allocator
+LARGEST_bytes = 32 << 20  # of a block that stays: glibc allows no larger threshold
+ALLOCATOR_SETTINGS = ("MALLOC_", "GLIBC_TUNABLES", "LD_PRELOAD")  # the user's settings, or another allocator
 
 
 def scaled_dot_product_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -22,7 +22,7 @@ def scaled_dot_product_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor |
     mask [B, 1, 1, L] bool, True = attend. It is torch's; on a CPU keys, values and mask are first laid out as its
     kernel is fastest with (`benchmarks.attention`). It takes keys that do not fill its vectors one by one: 77 tokens
     take 1.2 to 1.4 times as long as 80 of which three are masked, without a backward pass up to twice. Over many
-    pixels, heads whose rows lie apart in memory, as the projections leave them, take 1.07 times as long.
+    pixels, heads with gaps between their rows, as the projections leave them, take 1.07 times as long.
     """
     if q.device.type == "cpu":
         pixels, missing = q.shape[-2], -k.shape[-2] % VECTOR_floats
@@ -41,7 +41,7 @@ def keep_freed_memory() -> bool:
 
     glibc gives the upper end of its heap back to the system and asks for it again at every step, zeroed page by page:
     about 4 % of a UNet's train step on the CPU (`benchmarks.networks`). Blocks of more than LARGEST_bytes go back as
-    before, so that the process stays near its own peak. It sets mallopt(3), on glibc alone, and not where the
+    before, so that the process stays near its peak. It sets mallopt(3), on glibc alone, and not where the
     environment (ALLOCATOR_SETTINGS) decides otherwise.
     """
     if sys.platform != "linux" or any(name.startswith(ALLOCATOR_SETTINGS) for name in os.environ):

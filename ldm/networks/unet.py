@@ -58,7 +58,7 @@ class DownLevel(nn.Module):
         self.downsample = downsample
 
     def forward(self, h: Tensor, emb: Tensor, tokens: Tensor | None, mask: Tensor | None) -> list[Tensor]:
-        """Every feature map that the way up will need; the last one goes on."""
+        """Every feature map that the way up concatenates; the last one is the input of the next level."""
         outputs = []
         for block in self.blocks:
             h = block(h, emb, tokens, mask)
@@ -86,7 +86,7 @@ class UpLevel(nn.Module):
 
 
 class UNet(nn.Module):
-    """What the network predicts [B, out_channels, h, w] of noisy latents, their time and a condition.
+    """The prediction [B, out_channels, h, w] for noisy latents, their time and a condition.
 
     Args:
         in_channels: channels of z and `concat` together.
@@ -96,7 +96,7 @@ class UNet(nn.Module):
         num_res_blocks: blocks on each level's way down (one more on its way up); a number, or one per level.
         attention_levels: which levels have transformers. The middle always has one.
         transformer_depth: transformer blocks per transformer, a number or one per level. The middle takes
-            the last entry. 0: plain self-attention in the transformer's place (LDM's unconditional models).
+            the last entry. 0: plain self-attention instead of transformers (LDM's unconditional models).
         num_heads, head_channels: one of the two: a fixed number of heads, or of channels per head.
         context_dim: width of the tokens; None for an unconditional model (self-attention only).
         use_linear_projection: projections of the transformers as linear layers (SD 2, SDXL).
@@ -107,8 +107,8 @@ class UNet(nn.Module):
         dropout: in the residual blocks.
         groups: of the group norms; the greatest common divisor with the channels is taken.
         gradient_checkpointing: recompute each block in the backward pass: less memory, about 1.3 the time.
-        zero_init_residual: residual branches begin at zero (LDM), so that each block is the identity; without, they
-            begin at random (diffusers), and a short run learns sooner what the tokens say.
+        zero_init_residual: residual branches start at zero (LDM), so that each block is the identity; false: they
+            start at random (diffusers), and a short run learns from the tokens sooner.
 
     A UNet without transformers takes no tokens: leave context_dim at None then.
 
@@ -186,7 +186,7 @@ class UNet(nn.Module):
             self.up.append(UpLevel(blocks, upsample))
         self.norm_out = group_norm(widths[0], groups)
         self.conv_out = nn.Conv2d(widths[0], out_channels, 3, padding=1)
-        zero_(self.conv_out)  # the prediction begins at zero
+        zero_(self.conv_out)  # the prediction starts at zero
         if zero_init_residual:
             self._zero_init_residual()
 
@@ -260,21 +260,20 @@ class UNet(nn.Module):
 
     def _check(self, z: Tensor, tokens: Tensor | None, vector: Tensor | None, concat: Tensor | None) -> None:
         """Raises UserError where the condition is not the one that the network was built for."""
-        given = {"tokens": (tokens, self.context_dim), "vector": (vector, self.vector_dim)}
-        for name, (value, width) in given.items():
+        inputs = {"tokens": (tokens, self.context_dim), "vector": (vector, self.vector_dim)}
+        for name, (value, width) in inputs.items():
             if (None if value is None else value.shape[-1]) != width:
                 shape = None if value is None else list(value.shape)
-                raise UserError(f"{name} of shape {shape} given; this UNet was built for a width of {width}")
-        beside = 0 if concat is None else concat.shape[1]
-        if z.shape[1] + beside != self.in_channels:
+                raise UserError(f"{name} of shape {shape}; this UNet was built for a width of {width}")
+        added = 0 if concat is None else concat.shape[1]
+        if z.shape[1] + added != self.in_channels:
             raise UserError(
-                f"latents of {z.shape[1]} channels and a concat of {beside} given; this UNet was built for "
+                f"latents of {z.shape[1]} channels and a concat of {added}; this UNet was built for "
                 f"in_channels={self.in_channels} of both together"
             )
         if concat is not None and concat.shape[2:] != z.shape[2:]:
             raise UserError(
-                f"a concat of {list(concat.shape[2:])} pixels given beside latents of {list(z.shape[2:])}; they have "
-                "to be of one size"
+                f"a concat of {list(concat.shape[2:])} pixels with latents of {list(z.shape[2:])}: expected one size"
             )
 
 

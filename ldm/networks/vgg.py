@@ -40,15 +40,15 @@ class VGG16(FrozenNetwork):
 
     @classmethod
     def from_file(cls, path: str | Path) -> Self:
-        """The network with torchvision's VGG16 weights, from a file; the classifier in it is left out."""
+        """The network with torchvision's VGG16 weights, from a file; its classifier is skipped."""
         network = cls()
         network.origin = str(path)
         state = read_weights(path)
-        theirs = sorted({int(k.split(".")[1]) for k in state if k.startswith("features.")})
+        indices = sorted({int(k.split(".")[1]) for k in state if k.startswith("features.")})
         ours = [f"stages.{i}.{j}" for i, stage in enumerate(STAGES) for j in range(len(stage))]
-        if len(theirs) != len(ours):
-            raise UserError(f"{path} holds {len(theirs)} convolutions named features.N; VGG16 has {len(ours)}")
-        pairs = list(zip(ours, theirs, strict=True))
+        if len(indices) != len(ours):
+            raise UserError(f"{path} has {len(indices)} convolutions named features.N; VGG16 has {len(ours)}")
+        pairs = list(zip(ours, indices, strict=True))
         network.load_state_dict(
             {f"{a}.{kind}": state[f"features.{b}.{kind}"] for a, b in pairs for kind in ("weight", "bias")}
         )

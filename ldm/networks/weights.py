@@ -1,4 +1,4 @@
-"""Files of published weights: where they lie, and how they come there."""
+"""Files of published weights: where they are, and their download."""
 
 import hashlib
 import re
@@ -17,16 +17,16 @@ CHUNK = 1 << 20  # bytes
 
 
 def weights_folder() -> Path:
-    """The folder that downloaded weights lie in: torch.hub's, which TORCH_HOME moves."""
+    """The folder of downloaded weights: torch.hub's, which TORCH_HOME moves."""
     return Path(torch.hub.get_dir()) / "checkpoints"
 
 
 def find_weights(source: str | Path | None, published: str, size: str) -> Path:
     """The file of weights that `source` means: a path, an http(s) address, or None for the published file.
 
-    The published file is looked for in `weights_folder()` and is not downloaded unasked. An address is
-    downloaded there once, with its SHA-256 beside it, which is compared whenever the file is used again.
-    `size` says how large the published file is. UserError where there is no such file says where to get it.
+    The published file is looked for in `weights_folder()` and never downloaded without an address. An address is
+    downloaded there once, and its SHA-256, which is compared whenever the file is used again. `size` of the published
+    file is for the UserError, which says where to get it.
     """
     if source is not None and re.match(r"https?://", str(source)):
         return downloaded(str(source))
@@ -34,27 +34,29 @@ def find_weights(source: str | Path | None, published: str, size: str) -> Path:
     if not path.is_file():
         raise UserError(
             f"there is no file {path}. It would hold the weights {Path(published).name} ({size}), published at "
-            f"{published}. Put that file at {weights_folder() / Path(published).name}, or give `path`: where it "
-            "lies, or an http(s) address to download it from"
+            f"{published}. Put that file at {weights_folder() / Path(published).name}, or give `path`: the "
+            "file, or an http(s) address to download it from"
         )
     return path
 
 
 def downloaded(address: str) -> Path:
-    """The file that an address was downloaded to, now or earlier; UserError where it cannot be had whole."""
-    place = hashlib.sha256(address.encode()).hexdigest()[:16]
-    path = weights_folder() / place / Path(urlsplit(address).path).name
+    """The file that an address was downloaded to, now or earlier; UserError where it is not complete."""
+    folder = hashlib.sha256(address.encode()).hexdigest()[:16]
+    path = weights_folder() / folder / Path(urlsplit(address).path).name
     record = path.with_name(f"{path.name}.sha256")
     if path.is_file() and record.is_file():
         if sha256(path) != record.read_text().strip():
-            raise UserError(f"{path} is no longer what {address} gave (its SHA-256 differs): delete it")
+            raise UserError(
+                f"{path} has changed since it was downloaded from {address} (its SHA-256 differs): delete it"
+            )
         return path
     try:
         with write_atomic(path) as temporary:
             digest = _download(address, temporary)
-            named = re.search(r"-([0-9a-f]{8,})\.", path.name)  # torch.hub's custom
-            if named and not digest.startswith(named[1]):
-                raise OSError(f"the file's SHA-256 begins with {digest[: len(named[1])]}, its name says {named[1]}")
+            prefix = re.search(r"-([0-9a-f]{8,})\.", path.name)  # torch.hub's convention
+            if prefix and not digest.startswith(prefix[1]):
+                raise OSError(f"the file's SHA-256 begins with {digest[: len(prefix[1])]}, its name says {prefix[1]}")
     except (OSError, ValueError, HTTPException) as error:
         raise UserError(
             f"{address} could not be downloaded ({error}). Check the address and the network; or download it "
@@ -66,12 +68,12 @@ def downloaded(address: str) -> Path:
 
 
 def _download(address: str, path: Path) -> str:
-    """Writes what an address gives to `path`; its SHA-256. OSError where fewer bytes came than announced."""
+    """Writes what an address gives to `path`; its SHA-256. OSError where fewer bytes came than the header says."""
     digest = hashlib.sha256()
     with urlopen(address, timeout=60) as response, path.open("wb") as file:
-        told = int(response.headers.get("Content-Length", -1))
+        length = int(response.headers.get("Content-Length", -1))
         with tqdm(
-            total=told if told > 0 else None,
+            total=length if length > 0 else None,
             unit="B",
             unit_scale=True,
             desc=Path(urlsplit(address).path).name,
@@ -81,6 +83,6 @@ def _download(address: str, path: Path) -> str:
                 digest.update(part)
                 file.write(part)
                 bar.update(len(part))
-        if told >= 0 and file.tell() != told:
-            raise OSError(f"{file.tell()} of {told} bytes came")
+        if length >= 0 and file.tell() != length:
+            raise OSError(f"{file.tell()} of {length} bytes came")
     return digest.hexdigest()

@@ -1,1 +1,1 @@
-"""Samplers, one a file; the times they visit; guidance; and the noise they draw."""
+"""Samplers, one a file; time grids; guidance; and the noise of a sampling run."""

@@ -18,8 +18,8 @@ class DDIM(Sampler):
     def __call__(self, denoise: Denoise, z: Tensor, steps: Steps, noise: Noise) -> Tensor:
         for now, then in steps:
             x0, eps = denoise(z, now.t)
-            fresh = self.eta * posterior_deviation(now, then)
-            kept = max(then.sigma**2 - fresh**2, 0.0) ** 0.5
-            z = then.alpha * x0 + kept * eps
-            z = add_noise(z, fresh, noise)
+            sigma_noise = self.eta * posterior_deviation(now, then)
+            sigma_eps = max(then.sigma**2 - sigma_noise**2, 0.0) ** 0.5
+            z = then.alpha * x0 + sigma_eps * eps
+            z = add_noise(z, sigma_noise, noise)
         return z

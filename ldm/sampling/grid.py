@@ -10,7 +10,7 @@ from ldm.diffusion.schedule import Discrete, Schedule, shifted
 from ldm.errors import UserError
 
 LOG_SNR_OF_NOISE, LOG_SNR_OF_DATA = -18.4, 13.8
-"""Where a grid in the noise level begins and ends if the schedule goes on to infinity: sigma / alpha 1e4 and 1e-3."""
+"""First and last noise level of a grid where the schedule's are infinite: sigma / alpha 1e4 and 1e-3."""
 
 
 class Grid(ABC):

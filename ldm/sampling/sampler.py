@@ -37,7 +37,7 @@ class Point(NamedTuple):
 
 @dataclass(frozen=True)
 class Steps:
-    """The steps of a run, (from, to) each; every step begins where the last one ended."""
+    """The steps of a run, (from, to) each; every step starts where the last one ended."""
 
     points: Sequence[Point]
     on_step: OnStep
@@ -80,8 +80,8 @@ def posterior_deviation(now: Point, then: Point) -> float:
     """The deviation of z at `then`, given z at `now` and x0 (Ho et al. 2020, eq. 7; Song et al. 2020, eq. 16)."""
     if then.sigma == 0:
         return 0.0
-    kept = now.alpha * then.sigma / (now.sigma * then.alpha)
-    return then.sigma * sqrt(max(1.0 - kept**2, 0.0))
+    correlation = now.alpha * then.sigma / (now.sigma * then.alpha)
+    return then.sigma * sqrt(max(1.0 - correlation**2, 0.0))
 
 
 def add_noise(z: Tensor, deviation: float, noise: Noise) -> Tensor:

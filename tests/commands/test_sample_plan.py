@@ -170,7 +170,7 @@ def test_an_axis_may_be_the_time_grid_a_text_or_a_knob_inside() -> None:
         ("sheet.y=1,2", "of the whole command"),
         ("steps", "expected a knob and its values"),
         ("steps=0,2", "steps=0"),
-        ("strength=0.5,1.5", "strength=1.5"),
+        ("strength=0.5,1.5", "give init_image"),
     ],
 )
 def test_a_wrong_axis_is_reported_before_any_weights_are_read(axis: str, message: str) -> None:
@@ -199,9 +199,13 @@ def test_what_a_model_cannot_make_is_reported_from_its_configuration(tmp_path: P
         ("size=[32,-32]", "size="),
         ("steps=1001", "steps=1001"),
         ("init_image=no.png", "no.png"),
+        ("strength=0.5", "strength=0.5: .*init_image"),
     ):
         with pytest.raises(UserError, match=message):
             planned("prompt=x", given)
+    image = picture(tmp_path / "image.png", (32, 32))
+    with pytest.raises(UserError, match=r"strength=1\.5"):
+        planned("prompt=x", f"init_image={image}", "sheet.x='strength=0.5,1.5'")
     (tmp_path / "broken.png").write_bytes(b"no picture")
     with pytest.raises(UserError, match=r"init_image=.*corrupt picture"):
         planned("prompt=x", f"init_image={tmp_path}/broken.png")

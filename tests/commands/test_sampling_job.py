@@ -1,4 +1,4 @@
-"""The sampling job on tiny models of random weights: each kind of input, the same picture again, nothing overwritten."""
+"""The sampling job on tiny models of random weights: every kind of input, again from metadata, nothing overwritten."""
 
 import json
 from collections.abc import Callable

@@ -12,8 +12,8 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import OmegaConf
 
+from ldm.config.build import _strategy
 from ldm.config.processes import LAUNCHER, agreed, job_processes
-from ldm.config.watch import strategy
 from ldm.training.first_stage import FirstStageModule
 
 ASK = """
@@ -83,19 +83,21 @@ def test_a_jobs_processes_get_its_folder_and_in_a_sweep_its_overrides(
 
 
 @pytest.mark.parametrize(
-    ("given", "devices", "discriminator", "expected"),
+    ("strategy", "devices", "discriminator", "expected"),
     [
         ("ddp", 2, True, "ddp_find_unused_parameters_true"),
         ("auto", 2, True, "ddp_find_unused_parameters_true"),
+        ("auto", "auto", True, "ddp_find_unused_parameters_true"),
+        ("auto", -1, True, "ddp_find_unused_parameters_true"),
         ("auto", 1, True, "auto"),
         ("ddp_spawn", 2, True, "ddp_spawn"),
         ("ddp", 2, False, "ddp"),
     ],
 )
-def test_ddp_is_told_of_unused_parameters_where_there_is_a_discriminator(
-    given: str, devices: int, discriminator: bool, expected: str
+def test_ddp_looks_for_unused_parameters_where_there_is_a_discriminator(
+    strategy: str, devices: Any, discriminator: bool, expected: str
 ) -> None:
     module: Any = FirstStageModule.__new__(FirstStageModule)
     module.__dict__["loss"] = SimpleNamespace(discriminator=object() if discriminator else None)
-    trainer = OmegaConf.create({"strategy": given, "devices": devices, "num_nodes": 1})
-    assert strategy(trainer, module) == expected
+    trainer = OmegaConf.create({"strategy": strategy, "devices": devices, "num_nodes": 1})
+    assert _strategy(trainer, module) == expected

@@ -46,8 +46,11 @@ def swapped(*more: str) -> DictConfig:
     ("experiment", "override"),
     [("emoji", "conditioner=none"), ("emoji", "first_stage=vq_f4"), ("shapes_relations", "conditioner=imagenet_class")],
 )
-def test_other_experiments_parts_are_swapped_too(experiment: str, override: str) -> None:
-    swapped(f"experiment={experiment}", override)
+def test_other_experiments_parts_are_swapped_too(
+    experiment: str, override: str, tiny_shapes: Path, tmp_path: Path
+) -> None:
+    captions = [f"data.train.shards={tiny_shapes}/train", f"tokenizer_path={tmp_path}/tokenizer"]
+    swapped(f"experiment={experiment}", override, *captions)
 
 
 def widths(network: Any) -> Widths:
@@ -87,13 +90,14 @@ def test_the_network_takes_the_widths_of_the_conditioner_and_the_first_stage(ove
 
 
 def test_a_text_encoder_in_a_folder_is_one_override(tiny_clip: Path) -> None:
-    config = swapped(f"conditioner.encoder.name_or_path={tiny_clip}")
+    config = swapped(f"conditioner.encoder.name_or_path={tiny_clip}", "conditioner.max_length=12")
     assert (config.network.context_dim, config.conditioner.tokenizer.name_or_path) == (16, str(tiny_clip))
-    assert build(OmegaConf.merge(config.conditioner, {"max_length": 12})).widths(4) == (16, 0, 0)
-    config = swapped("conditioner=sdxl", f"conditioner.conditioners.1.encoder.name_or_path={tiny_clip}")
+    assert build(config.conditioner).widths(4) == (16, 0, 0)
+    second = "conditioner.conditioners.1"
+    config = swapped("conditioner=sdxl", f"{second}.encoder.name_or_path={tiny_clip}", f"{second}.max_length=12")
     assert widths(config.network) == (4, 4, 768 + 16, 8 + 6 * 256)
-    second = config.conditioner.conditioners[1]
-    assert second.tokenizer.name_or_path == second.projection.name_or_path == str(tiny_clip)
+    part = config.conditioner.conditioners[1]
+    assert part.tokenizer.name_or_path == part.projection.name_or_path == str(tiny_clip)
 
 
 @pytest.mark.parametrize(
@@ -166,7 +170,7 @@ def test_the_small_picture_is_as_small_as_the_latents(first_stage: str) -> None:
 @pytest.mark.parametrize(
     ("overrides", "told"),
     [
-        (["conditioner=clip_l_masked_image", "latents=auto"], r"\(MaskedImage\) is shown the pictures .*latents=null"),
+        (["conditioner=clip_l_masked_image", "latents=auto"], r"\(MaskedImage\) is shown the pictures, .*latents=null"),
         (["conditioner=low_resolution"], r"\(LowResolution\) makes nothing of a prompt .*callbacks.images=null"),
     ],
 )

@@ -223,3 +223,8 @@ def _rank(rank: int, folder: str, out: str) -> None:
     torch.set_num_threads(1)
     module = fit(data(folder), Tiny(), Path(out) / "runs", devices=2, strategy="ddp_find_unused_parameters_true")
     torch.save({"seen": module.seen, "weights": module.state_dict()}, f"{out}/rank{rank}.pt")
+
+
+def test_data_without_training_shards_is_refused(folder: str) -> None:
+    with pytest.raises(UserError, match="no training shards; give train"):
+        ShardDataModule(None, ShardSource(folder), 16, 4, 4).prepare_data()

@@ -1,4 +1,4 @@
-"""Each example of docs/extend.md, as a user runs it: from a folder outside the repository, with the installed wheel."""
+"""Each example of docs/extend.md and docs/extend_sampling.md, as a user runs it: from a folder outside the repository, with the installed wheel."""
 
 import csv
 import json
@@ -11,16 +11,20 @@ import zipfile
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
 from PIL import Image
 
+from ldm.checkpoint import load_state
+
 ROOT = Path(__file__).parents[2]
 BLOCK = re.compile(r"^```(?:python|yaml)\n((?:# @.*\n)?# (mine/\S+)\n.*?)^```$", flags=re.MULTILINE | re.DOTALL)
+PAGES = ("extend.md", "extend_sampling.md")
 SOURCES = ("ldm", "configs", "pyproject.toml", "setup.py", "README.md", "LICENSE")
 DOORS = {
     "networks", "losses", "tasks", "optimizers", "callbacks", "loggers", "samplers", "guidance", "metrics", "data",
-    "network", "loss/auxiliary", "conditioner", "task", "optimizer", "logger", "sampler", "metric", "experiment",
+    "configs/network", "configs/loss/auxiliary", "configs/conditioner", "configs/task", "configs/optimizer",
+    "configs/callbacks", "configs/logger", "configs/sampler", "configs/guidance", "configs/metric", "configs/data",
+    "configs/experiment",
 }  # fmt: skip
 
 
@@ -56,8 +60,8 @@ def pip(command: str, *arguments: str) -> None:
 
 
 def blocks() -> dict[str, str]:
-    """The files of docs/extend.md, by the path in their first line."""
-    found = BLOCK.findall((ROOT / "docs" / "extend.md").read_text(encoding="utf-8"))
+    """The files that docs/extend.md and docs/extend_sampling.md show, by the path in their first lines."""
+    found = [block for page in PAGES for block in BLOCK.findall((ROOT / "docs" / page).read_text(encoding="utf-8"))]
     assert len({path for _, path in found}) == len(found)
     return {path: text for text, path in found}
 
@@ -149,7 +153,7 @@ def test_the_installed_framework_is_not_the_repository(installed: Path, folder: 
 def test_every_door_has_an_example_of_at_most_thirty_lines() -> None:
     written = blocks()
     paths = {str(Path(path).with_suffix("").relative_to("mine")) for path in written}
-    groups = {str(Path(path).parent.relative_to("configs")) for path in paths if path.startswith("configs/")}
+    groups = {str(Path(path).parent) for path in paths}
     assert DOORS - paths - groups == set()
     for path, text in written.items():
         body = [line for line in text.splitlines()[1:] if line.strip() and not line.startswith(("import", "from"))]
@@ -173,8 +177,7 @@ def test_the_auxiliary_loss_has_its_own_column_and_no_part_in_validation(trained
 
 
 def test_the_optimizers_groups_follow_the_rule(trained: Path) -> None:
-    (checkpoint,) = (trained / "base" / "checkpoints").glob("step_*2")
-    state = torch.load(checkpoint / "checkpoint.ckpt", weights_only=True)
+    state = load_state(trained / "base" / "checkpoints" / "step_00000002")
     decayed, plain = state["optimizer_states"][0]["param_groups"]
     assert (decayed["weight_decay"], plain["weight_decay"]) == (0.1, 0.0)
     assert decayed["params"] and plain["params"]
@@ -211,17 +214,17 @@ def test_the_task_trains_its_own_objective(trained: Path) -> None:
 
 
 def test_sampler_and_guidance_are_the_users(trained: Path, installed: Path, folder: Path) -> None:
+    done = run("ldm-sample", installed, folder, "checkpoint=run", "prompt=a red circle", "sampler=multistep",
+               "guidance=rising", "sheet.x=guidance.power=2.0,0.5", "steps=2", "guidance_scale=5", "out=pictures")  # fmt: skip
+    assert done.returncode == 0, done.stderr
     pictures = {}
-    for name, knobs in {"own": ["guidance=rising"], "power": ["guidance=rising", "guidance.power=0.5"]}.items():
-        done = run("ldm-sample", installed, folder, "checkpoint=run", "prompt=a red circle", "sampler=multistep",
-                   "steps=2", "guidance_scale=5", "n=1", f"out={name}", *knobs)  # fmt: skip
-        assert done.returncode == 0, done.stderr
-        with Image.open(folder / name / "00000_seed0.png") as image:
+    for path in sorted((folder / "pictures" / "cells").iterdir()):
+        with Image.open(path) as image:
             facts = json.loads(image.text["ldm"])  # type: ignore[attr-defined]
-            pictures[name] = image.tobytes()
+            pictures[facts["guidance"]["power"]] = image.tobytes()
         assert facts["sampler"]["_target_"] == "mine.samplers.Multistep"
         assert facts["guidance"]["_target_"] == "mine.guidance.Rising"
-    assert pictures["own"] != pictures["power"]
+    assert pictures.keys() == {2.0, 0.5} and pictures[2.0] != pictures[0.5]
 
 
 def test_the_metric_is_the_users(trained: Path, installed: Path, folder: Path) -> None:

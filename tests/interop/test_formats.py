@@ -10,7 +10,7 @@ import yaml
 from omegaconf import OmegaConf
 
 from ldm.checkpoint import load_tensors, save_tensors
-from ldm.config.build import load_trained
+from ldm.config.trained import load_trained
 from ldm.config.check import build
 from ldm.diffusion.schedule import Discrete, Linear, RectifiedFlow, ScaledLinear, ZeroTerminalSNR
 from ldm.errors import UserError

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from ldm.config.build import load_trained
+from ldm.config.trained import load_trained
 from ldm.diffusion.schedule import ScaledLinear, ZeroTerminalSNR
 from ldm.generation import Generator, Request, SamplingSettings
 from ldm.interop import nodes

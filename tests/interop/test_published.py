@@ -38,6 +38,9 @@ FAMILIES: dict[str, tuple[list[Node], Node, list[int]]] = {  # conditioners, pre
 }
 
 
+SD1_WIDTHS = {"in_channels": 4, "out_channels": 4, "context_dim": 768, "vector_dim": None}
+
+
 def shipped(group: str, name: str) -> dict[str, Any]:
     """A shipped configuration's values, beside the first stage and the conditioner of SD 1."""
 
@@ -52,7 +55,7 @@ def shipped(group: str, name: str) -> dict[str, Any]:
     parts = {"first_stage": "kl_f8", "conditioner": "clip_l", group: name}
     whole = OmegaConf.create({part: node(part, chosen) for part, chosen in parts.items()})
     values: dict[str, Any] = OmegaConf.to_container(whole[group], resolve=True)  # type: ignore[assignment]
-    return values
+    return {name: SD1_WIDTHS[name] if value == "auto" else value for name, value in values.items()}
 
 
 def sizes(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Size]:

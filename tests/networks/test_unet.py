@@ -119,7 +119,7 @@ def test_a_mask_hides_tokens_as_if_they_were_not_there() -> None:
 
 def test_a_concat_of_another_size_is_refused() -> None:
     unet = tiny(in_channels=6)
-    with pytest.raises(UserError, match=r"a concat of \[4, 4\] pixels given beside latents of \[8, 8\]"):
+    with pytest.raises(UserError, match=r"a concat of \[4, 4\] pixels with latents of \[8, 8\]"):
         unet(torch.randn(1, 4, 8, 8), torch.zeros(1), torch.randn(1, 3, 12), concat=torch.randn(1, 2, 4, 4))
 
 
@@ -142,7 +142,7 @@ def test_checkpointing_changes_neither_output_nor_gradient() -> None:
 def test_a_condition_of_another_width_is_refused() -> None:
     unet = tiny()
     x, t = torch.randn(1, 4, 8, 8), torch.zeros(1)
-    with pytest.raises(UserError, match="tokens of shape None given; this UNet was built for a width of 12"):
+    with pytest.raises(UserError, match="tokens of shape None; this UNet was built for a width of 12"):
         unet(x, t)
     with pytest.raises(UserError, match=r"tokens of shape \[1, 3, 768\]"):
         unet(x, t, torch.randn(1, 3, 768))

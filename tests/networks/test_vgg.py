@@ -43,7 +43,7 @@ def test_parameter_count_and_other_files(tmp_path: Path) -> None:
     with torch.device("meta"):
         assert sum(p.numel() for p in VGG16().parameters()) == 14_714_688
     torch.save({"features.0.weight": torch.zeros(1)}, tmp_path / "other.pth")
-    with pytest.raises(UserError, match="holds 1 convolutions"):
+    with pytest.raises(UserError, match="has 1 convolutions"):
         VGG16.from_file(tmp_path / "other.pth")
     with pytest.raises(UserError, match="no file at"):
         VGG16.from_file(tmp_path / "missing.pth")

@@ -74,7 +74,7 @@ def test_an_address_is_downloaded_once_and_kept_with_its_sum(server: str, tmp_pa
     (tmp_path / "served" / "net.pth").unlink()
     assert downloaded(f"{server}/net.pth") == path
     path.write_bytes(b"other")
-    with pytest.raises(UserError, match="no longer what"):
+    with pytest.raises(UserError, match="SHA-256 differs"):
         downloaded(f"{server}/net.pth")
 
 

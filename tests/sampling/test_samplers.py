@@ -61,6 +61,20 @@ def test_every_shipped_sampler_finds_the_data(path: Path) -> None:
     assert float(end.std()) == pytest.approx(STD, rel=0.1)
 
 
+@pytest.mark.parametrize("path", SAMPLERS, ids=lambda p: p.stem)
+def test_a_step_is_reported_when_it_is_done(path: Path) -> None:
+    events: list[int] = []  # 0: a network call
+
+    def denoise(z: Tensor, t: Tensor) -> Denoised:
+        events.append(0)
+        return exact(SCHEDULE)(z, t)
+
+    steps = steps_of(Trailing()(SCHEDULE, 3), SCHEDULE, 4, events.append)
+    build(OmegaConf.load(path))(denoise, unit_noise(4), steps, ImageNoise(list(range(4))))
+    assert events[0] == 0 and [event for event in events if event] == [1, 2, 3] and events[-1] == 3
+    assert all(events[i - 1] == 0 for i, event in enumerate(events) if event)
+
+
 @pytest.mark.parametrize("schedule", [ZeroTerminalSNR(ScaledLinear()), RectifiedFlow()], ids=lambda s: type(s).__name__)
 @pytest.mark.parametrize("path", SAMPLERS, ids=lambda p: p.stem)
 def test_every_sampler_can_begin_without_any_signal(path: Path, schedule: Schedule) -> None:

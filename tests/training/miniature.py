@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from ldm.commands.cache_latents import use_latents
 from ldm.config.build import stages
 from ldm.config.compose import compose
 from ldm.training import curriculum
@@ -19,7 +20,7 @@ def launch(shapes: Path, run: Path, *more: str) -> tuple[list[Stage], dict[str, 
         "callbacks.progress=null",
         *more,
     ]
-    return stages(compose("train", given), given, run)
+    return stages(compose("train", given), given, run, use_latents)
 
 
 def train(shapes: Path, run: Path, *more: str) -> Path:

@@ -141,7 +141,7 @@ def test_an_early_stop_is_saved_and_goes_on_to_the_same_weights(
 ) -> None:
     more = ["stages=[base]", f"first_stage_from={finished}/first_stage", "network.dropout=0.1"]
     more += [f"curriculum.base.trainer.accumulate_grad_batches={accumulation}", "curriculum.base.trainer.max_steps=4"]
-    more += ["callbacks.checkpoints.every_n_steps=100", "trainer.val_check_interval=3", "trainer.max_epochs=1"]
+    more += ["callbacks.checkpoints.every_n_steps=100", "trainer.val_check_interval=3"]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     curriculum.run(*launch(tiny_shapes, whole, *more))
 
@@ -182,7 +182,7 @@ def test_a_time_limit_saves_and_holds_for_the_stage(tiny_shapes: Path, tmp_path:
         ("base/checkpoints/step_00000001", None),
         ("base/checkpoints/step_00000001/model.safetensors", "neither a run's folder"),
         ("base/model", "neither a run's folder"),
-        ("first_stage/checkpoints/step_00000001", "no checkpoint of a stage that this launch runs"),
+        ("first_stage/checkpoints/step_00000001", "not a checkpoint of a stage that this launch runs"),
         ("nowhere", "nothing is there"),
     ],
 )
@@ -200,9 +200,9 @@ def test_two_optimizers_count_one_step(tiny_shapes: Path, tmp_path: Path) -> Non
     more = [
         "stages=[first_stage]",
         "curriculum.first_stage.trainer.max_steps=4",
-        "+first_stage_loss.discriminator._target_=ldm.networks.discriminator.PatchDiscriminator",
-        "+first_stage_loss.discriminator.channels=8",
-        "+first_stage_loss.discriminator.layers=1",
+        "first_stage_loss.discriminator._target_=ldm.networks.discriminator.PatchDiscriminator",
+        "first_stage_loss.discriminator.channels=8",
+        "first_stage_loss.discriminator.layers=1",
     ]
     (stage,), models = launch(tiny_shapes, tmp_path, *more)
     job = stage.build(models)

@@ -125,9 +125,9 @@ def first_stage(tiny_shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 BASE = ["trainer.accumulate_grad_batches=2", "network.dropout=0.1"]
 GAN = [
-    "+first_stage_loss.discriminator._target_=ldm.networks.discriminator.PatchDiscriminator",
-    "+first_stage_loss.discriminator.channels=8",
-    "+first_stage_loss.discriminator.layers=1",
+    "first_stage_loss.discriminator._target_=ldm.networks.discriminator.PatchDiscriminator",
+    "first_stage_loss.discriminator.channels=8",
+    "first_stage_loss.discriminator.layers=1",
 ]
 # checkpoints at 2, 4, 6 and the last step, 7; the newest two are kept
 SCENES = {

@@ -4,12 +4,28 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from torch import nn
 
 from ldm.data.loading.loader import StepLoader
-from ldm.training import throughput
+from ldm.training import module, throughput
+from ldm.training.module import TrainingModule
 from ldm.training.throughput import Throughput
 
 BATCH = SimpleNamespace(images=[None] * 4)
+
+
+class Task(TrainingModule):
+    """A task that trains nothing, and keeps what is logged."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.logged: list[tuple[str, float]] = []
+
+    def compiled_networks(self) -> list[nn.Module]:
+        return []
+
+    def log(self, name: str, value: float) -> None:  # type: ignore[override]
+        self.logged.append((name, value))
 
 
 class Rig:
@@ -17,14 +33,26 @@ class Rig:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, every_n_steps: int) -> None:
         self.now = 100.0
-        self.logged: list[dict[str, float]] = []
-        monkeypatch.setattr(throughput, "_now", lambda: self.now)
+        for place in (throughput, module):
+            monkeypatch.setattr(place, "now_s", lambda: self.now)
         loader = StepLoader.__new__(StepLoader)
         loader.__dict__["waited_s"] = 3.0
-        self.trainer: Any = SimpleNamespace(global_step=10, world_size=2, train_dataloader=loader)
-        self.module: Any = SimpleNamespace(log_dict=self.logged.append)
+        self.module = Task()
+        self.trainer: Any = SimpleNamespace(
+            global_step=10, world_size=2, train_dataloader=loader, lightning_module=self.module
+        )
         self.callback = Throughput(every_n_steps)
         self.callback.on_train_start(self.trainer, self.module)
+
+    @property
+    def logged(self) -> list[dict[str, float]]:
+        """What was logged, by logging: each begins with the same column."""
+        entries: list[dict[str, float]] = []
+        for name, value in self.module.logged:
+            if not entries or name in entries[-1]:
+                entries.append({})
+            entries[-1][name] = value
+        return entries
 
     def micro_step(self, wait: float, work: float, steps: int = 1) -> None:
         self.now += wait + work
@@ -46,13 +74,13 @@ def test_it_logs_what_the_steps_since_the_last_time_took(monkeypatch: pytest.Mon
     assert list(rig.logged[1].values()) == pytest.approx([16 / 4.0, 2.0, 0.25])
 
 
-def test_validation_and_pauses_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_validation_and_untimed_blocks_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
     rig = Rig(monkeypatch, every_n_steps=2)
     rig.micro_step(0.0, 1.0)
     rig.callback.on_validation_start(rig.trainer, rig.module)
     rig.now += 1000.0
     rig.callback.on_validation_end(rig.trainer, rig.module)
-    with rig.callback.paused():
+    with rig.module.untimed():
         rig.now += 500.0
     rig.micro_step(0.0, 4.0)
     assert rig.logged[0]["throughput/seconds_per_step"] == pytest.approx(4.0)

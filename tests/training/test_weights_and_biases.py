@@ -110,5 +110,5 @@ def test_offline_it_writes_a_run_for_each_stage(
         (offline,) = (run / stage / "wandb").glob("offline-run-*")
         assert (run / stage / "wandb_run_id").read_text().strip() in offline.name
         assert next(iter(offline.glob("*.wandb"))).stat().st_size > 0
-        assert list(offline.glob("files/media/images/samples_*.png"))
+        assert list(offline.glob("files/media/images/images_*.png"))
     assert "wandb failed" not in caplog.text

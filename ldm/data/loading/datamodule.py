@@ -143,6 +143,8 @@ class ShardDataModule(pl.LightningDataModule):
 
     def select(self, manifests: Sequence[Manifest]) -> tuple[list[Size], list[Selection]]:
         """(sizes that are trained at, the selection of each source), of the sources' manifests in their order."""
+        if not self.sources:
+            raise UserError("this data has no training shards; give train")
         pairs = zip(self.sources.items(), manifests, strict=True)
         requests = [_request(name, source, manifest) for (name, source), manifest in pairs]
         return select(requests, self.buckets, View.of(self.size).size, self.global_batch, self._weights())

@@ -78,7 +78,9 @@ class Sample:
 
     def arrays(self) -> dict[str, NDArray[Any]]:
         """`images` [3, H, W] and, where there are precomputed latents, `moments`: what a Batch stacks."""
-        return {"images": self.image.numpy()} | ({} if self.moments is None else {"moments": self.moments})
+        if self.moments is None:
+            return {"images": self.image.numpy()}
+        return {"images": np.empty((0, *self.pixels.shape[:2]), np.float32), "moments": self.moments}
 
 
 def as_images(pixels: Pixels) -> Tensor:

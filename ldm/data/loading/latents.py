@@ -7,13 +7,13 @@ it. The folder's record says which first stage computed them, and from what.
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError
-from safetensors.numpy import load, save
+from safetensors.numpy import save
 
 from ldm.checkpoint import write_atomic
 from ldm.data.loading.caption_choice import json_part
@@ -32,6 +32,7 @@ KIND = PICTURE_KINDS.index(LATENTS)
 
 MOMENTS = "moments"  # [variants, 2, C, h, w]
 PLACES = "places"  # [2 + variants, 2]: (height, width) encoded and stored, then (top, left) of each crop
+KINDS: dict[str, type[np.generic]] = {"F16": np.float16, "F32": np.float32, "I32": np.int32, "BOOL": np.bool_}
 
 
 @dataclass(frozen=True)
@@ -190,9 +191,25 @@ def pack(arrays: Mapping[str, NDArray[Any]]) -> bytes:
 
 
 def unpack(data: bytes) -> dict[str, NDArray[Any]]:
-    """The arrays of a safetensors file's bytes. Raises BadSample for other bytes."""
+    """The arrays of a safetensors file's bytes, without a copy. Raises BadSample for other bytes.
+
+    It reads cached latents an eighth faster than safetensors' own `load` (`python -m benchmarks.data --only rates`).
+    """
     try:
-        arrays: dict[str, NDArray[Any]] = load(data)
-    except (SafetensorError, KeyError, ValueError) as error:
+        start = 8 + int.from_bytes(data[:8], "little")
+        places = _places(data[8:start])
+        return {
+            name: np.frombuffer(data, kind, count, start + at).reshape(shape) for name, kind, shape, count, at in places
+        }
+    except (ValueError, KeyError, TypeError) as error:
         raise BadSample("corrupt latents") from error
-    return arrays
+
+
+@lru_cache(maxsize=64)
+def _places(header: bytes) -> list[tuple[str, type[np.generic], tuple[int, ...], int, int]]:
+    """(name, type, shape, count, first byte) of each array; most samples of a cache have the same header."""
+    return [
+        (name, KINDS[facts["dtype"]], tuple(facts["shape"]), int(np.prod(facts["shape"])), facts["data_offsets"][0])
+        for name, facts in json.loads(header).items()
+        if name != "__metadata__"
+    ]

@@ -16,11 +16,12 @@ import operator
 import re
 from collections.abc import Callable, Sequence
 from functools import reduce
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ldm.data.shards.index import Manifest
 from ldm.errors import UserError, nearest
 
 Numbers = NDArray[np.float64]
@@ -46,17 +47,6 @@ _COMPUTE: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
     ast.Mult: operator.mul,
     ast.Div: operator.truediv,
 }
-
-
-class Columns(Protocol):
-    """What a filter reads; a Manifest is one."""
-
-    @property
-    def columns(self) -> tuple[str, ...]: ...
-
-    def column(self, name: str) -> Numbers: ...
-
-    def __len__(self) -> int: ...
 
 
 class RuleCount(NamedTuple):
@@ -89,7 +79,7 @@ class Filter:
         self._rules = [(ast.get_source_segment(text.strip(), rule) or text, rule) for rule in rules]
         self.names = sorted({node.id for node in ast.walk(tree) if isinstance(node, ast.Name)} - {"has"})
 
-    def resolve(self, manifest: Columns) -> dict[str, str]:
+    def resolve(self, manifest: Manifest) -> dict[str, str]:
         """The manifest's column of each name. Raises UserError, with the nearest names, for an unknown name."""
         spelled: dict[str, list[str]] = {}
         for column in manifest.columns:
@@ -109,7 +99,7 @@ class Filter:
                 raise UserError(f"filter: {name} may be {' or '.join(columns)}; write one of them as it is")
         return resolved
 
-    def masks(self, manifest: Columns, columns: dict[str, str], start: int, stop: int) -> list[Mask]:
+    def masks(self, manifest: Manifest, columns: dict[str, str], start: int, stop: int) -> list[Mask]:
         """For each rule, which of the samples start to stop fulfil it; `columns` is the result of `resolve`."""
         read = {name: np.asarray(manifest.column(column)[start:stop]) for name, column in columns.items()}
         with np.errstate(all="ignore"):

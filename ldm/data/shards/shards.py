@@ -12,11 +12,11 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from braceexpand import braceexpand
 
-from ldm.data.shards.remote import Remote, Transient, file_system, is_remote, open_remote, retry
+from ldm.data.shards.remote import Remote, RemoteShard, Transient, file_system, is_remote, open_remote, retry
 from ldm.data.shards.shard_cache import GiB, ShardCache
 from ldm.errors import UserError
 
@@ -101,28 +101,13 @@ def states(paths: Sequence[str], remote: Remote | None = None) -> list[tuple[int
         return list(pool.map(state, paths))
 
 
-class Shard(Protocol):
-    """One open shard: byte ranges of it, its size, its time of change (a stamp, where it is remote).
+class ShardFile:
+    """A local shard: byte ranges of it, its size in bytes, its time of change in ns.
 
-    A read that jumps costs as much as `jump_bytes` that are read in order.
+    Temporary errors of network file systems are retried like those of a remote shard.
     """
 
-    path: str
-    size: int
-    mtime_ns: int
-
-    @property
-    def jump_bytes(self) -> int: ...
-
-    def read(self, offset: int, size: int) -> bytes: ...
-
-    def close(self) -> None: ...
-
-
-class ShardFile:
-    """A local shard; temporary errors of network file systems are retried like those of a remote shard."""
-
-    jump_bytes = 16 << 10
+    jump_bytes = 16 << 10  # read in order in the time of one jump
 
     def __init__(self, path: str, remote: Remote | None = None) -> None:
         self.path = path
@@ -133,7 +118,10 @@ class ShardFile:
 
     def read(self, offset: int, size: int) -> bytes:
         """The bytes [offset, offset + size), fewer where the file ends before."""
-        return retry(self.path, lambda _: self._try(offset, size), self.remote)
+        try:
+            return self._try(offset, size)
+        except Transient:
+            return retry(self.path, lambda _: self._try(offset, size), self.remote)
 
     def _try(self, offset: int, size: int) -> bytes:
         try:
@@ -155,6 +143,9 @@ class ShardFile:
     def __del__(self) -> None:
         if hasattr(self, "_fd"):
             self.close()
+
+
+Shard = ShardFile | RemoteShard
 
 
 @lru_cache(maxsize=1 << 17)  # the state of a shard with a local copy is requested once
