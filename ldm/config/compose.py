@@ -190,7 +190,9 @@ def _compose(
     from_shell: bool,
     validate_sweep_overrides: bool,
 ) -> DictConfig:
-    parsed, values = parse(overrides), _value_keys(config_name)
+    parsed = parse(overrides)
+    root: Any = OmegaConf.load(CONFIGS / f"{config_name}.yaml") if config_name else {}
+    values = {key for key in map(str, root) if (CONFIGS / key).is_dir()}  # not groups there: `data` of evaluate.py
     groups = [o.input_line or "" for o in parsed if o.key_or_group not in values or o.is_sweep_override()]
     try:
         _, repository = loader._parse_overrides_and_create_caching_repo(config_name, groups)
@@ -213,13 +215,6 @@ def _compose(
     _drop_replaced_knobs(cfg, loader)
     _require_no_idle_root_key(cfg, config_name)
     return cfg
-
-
-def _value_keys(config_name: str | None) -> set[str]:
-    """The keys of a command that are values there though a group has the name: `data` of evaluate.py."""
-    if config_name is None:
-        return set()
-    return {key for key in map(str, OmegaConf.load(CONFIGS / f"{config_name}.yaml")) if (CONFIGS / key).is_dir()}
 
 
 def _apply(overrides: list[Override], cfg: DictConfig) -> None:
