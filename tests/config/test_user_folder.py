@@ -78,5 +78,5 @@ def test_auxiliary_losses_are_chosen_by_name(tmp_path: Path) -> None:
     own = folder(tmp_path, {"loss/auxiliary/spread.yaml": "spread:\n  _target_: mine.Spread\n  weight: 0.5\n"})
     cfg = compose("train", [own, *common, "loss.auxiliary.spread.weight=2.0"])
     assert cfg.loss.auxiliary == {"spread": {"_target_": "mine.Spread", "weight": 2.0}}
-    with pytest.raises(UserError, match="loss/auxiliary=spraed: .*did you mean spread"):
+    with pytest.raises(UserError, match=r"loss/auxiliary=spraed: .*did you mean spread"):
         compose("train", [own, "experiment=quickstart", "loss/auxiliary=[spraed]"])
