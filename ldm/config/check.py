@@ -66,6 +66,22 @@ def _failed(node: DictConfig, path: str, message: str) -> str:
     return f"{name}: {target[1] if target else node['_target_']}"
 
 
+def build_on_meta(node: DictConfig, path: str) -> Any:
+    """The object without memory for its weights, for its shapes.
+
+    Where a constructor needs real numbers (`Tensor.item()`, pretrained weights) the whole object.
+    """
+    import torch  # a misspelled knob is answered before torch is loaded
+
+    try:
+        with torch.device("meta"):
+            return build(node, path)
+    except UserError as error:
+        if isinstance(error.__cause__, InstantiationException):
+            return build(node, path)
+        raise
+
+
 def check(node: Any, path: str = "", supplied: frozenset[str] = frozenset()) -> None:
     """Raises UserError for a `_target_` that does not exist, a knob it does not have or misses, or of another type.
 
