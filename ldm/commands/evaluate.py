@@ -24,6 +24,7 @@ from ldm.evaluation.protocol import Protocol
 from ldm.evaluation.report import draw_examples, plot_curves, plot_scales, rows_table, stages_table
 from ldm.generation import Generator
 from ldm.interop.model_folder import stage_records
+from ldm.versions import write_versions
 
 
 @command("evaluate", ("negative_prompt",))
@@ -120,6 +121,7 @@ def reference_sets(config: Any, cfg: Any, size: tuple[int, int]) -> list[Referen
 def write(rows: Sequence[Row], model: Path, out: Path) -> None:
     """Write results.json, table.md and the pictures into `out`, and print the tables and the files' names."""
     table = rows_table(rows)
+    write_versions(out)
     content = [{"set": row.set_name, "source": row.source, **row.result.to_dict()} for row in rows]
     with write_atomic(out / "results.json") as temporary:
         temporary.write_text(json.dumps(content, indent=2) + "\n")
