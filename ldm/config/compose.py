@@ -1,12 +1,13 @@
 """Composition: one Hydra composition a command; unknown knobs are rejected with the nearest names.
 
-Hydra's loader is extended in two places, at import, so that every composition behaves alike (a command's, each job's
+Hydra is extended in three places, at import, so that every composition behaves alike (a command's, each job's
 of a sweep, a contact sheet's cell, also in the processes of a launcher plugin): an override may name an argument that
 a constructor takes and the YAML does not list, and what cannot be composed is a UserError of one line.
 """
 
 import os
 import re
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any, cast
 import hydra
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.config_repository import ConfigRepository
+from hydra._internal.hydra import Hydra
 from hydra.core.default_element import ConfigDefault
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -161,35 +163,7 @@ def _load(
     from_shell: bool = True,
     validate_sweep_overrides: bool = True,
 ) -> DictConfig:
-    """Hydra's `load_configuration`; UserError of one line for what cannot be composed.
-
-    A command asks twice for the same configuration, for its mode and to run; the second time it gets the first one's.
-    """
-    sweeps = any(override.is_sweep_override() for override in parse(overrides))
-    request = (config_name, tuple(overrides), run_mode if sweeps else None)
-    if request == _Composed.request:
-        _Composed.request = None
-        return _Composed.cfg
-    cfg = _compose(loader, config_name, overrides, run_mode, from_shell, validate_sweep_overrides)
-    _Composed.request, _Composed.cfg = None if validate_sweep_overrides else request, cfg
-    return cfg
-
-
-class _Composed:
-    """The configuration that a command's mode was read from, until the command itself asks for it."""
-
-    request: tuple[str | None, tuple[str, ...], RunMode | None] | None = None
-    cfg: DictConfig
-
-
-def _compose(
-    loader: ConfigLoaderImpl,
-    config_name: str | None,
-    overrides: list[str],
-    run_mode: RunMode,
-    from_shell: bool,
-    validate_sweep_overrides: bool,
-) -> DictConfig:
+    """Hydra's `load_configuration`; UserError of one line for what cannot be composed."""
     parsed = parse(overrides)
     root: Any = OmegaConf.load(CONFIGS / f"{config_name}.yaml") if config_name else {}
     values = {key for key in map(str, root) if (CONFIGS / key).is_dir()}  # not groups there: `data` of evaluate.py
@@ -203,6 +177,8 @@ def _compose(
         raise UserError(_explain(loader, parsed, error)) from error
     if config_name is None:
         return cfg
+    if run_mode is RunMode.RUN and from_shell and cfg.hydra.mode is RunMode.MULTIRUN:
+        raise UserError("hydra.mode=MULTIRUN: a configuration cannot start a sweep; give -m on the command line")
     rest = [o for o in parsed if o.key_or_group in values and not o.is_sweep_override()]
     _apply(rest, cfg)
     cfg.hydra.overrides.task += [o.input_line for o in rest]
@@ -238,9 +214,18 @@ def _apply(overrides: list[Override], cfg: DictConfig) -> None:
             OmegaConf.update(cfg, name, value, merge=True, force_add=True)
 
 
+def _mode(hydra: Hydra, config_name: str | None, overrides: list[str]) -> RunMode | None:
+    """Hydra's `get_mode`, from the command line alone; Hydra composes the whole configuration once more for it."""
+    if {"-m", "--multirun"} & set(sys.argv):
+        return None
+    multirun = any(o.key_or_group == "hydra.mode" and o.value() == "MULTIRUN" for o in parse(overrides))
+    return RunMode.MULTIRUN if multirun else RunMode.RUN
+
+
 _apply_overrides = ConfigLoaderImpl._apply_overrides_to_config
 ConfigLoaderImpl.load_configuration = _load  # type: ignore[method-assign, assignment]
 ConfigLoaderImpl._apply_overrides_to_config = staticmethod(_apply)  # type: ignore[method-assign]
+Hydra.get_mode = _mode  # type: ignore[method-assign, assignment]
 
 
 def _node(cfg: DictConfig, name: str) -> Any:
