@@ -240,7 +240,7 @@ def _record(path: Path) -> dict[str, dict[str, Any]]:
 
 
 class _Packer:
-    """BucketSchedule a state into what JSON can hold; collects the tensors, by file and name.
+    """Turns a state into what JSON can hold; collects the tensors, by file and name.
 
     What JSON has no notation for is an object with one of the names `$tensor`, `$tuple`, `$items`, `$float`.
     """

@@ -18,7 +18,7 @@ from ldm.errors import UserError
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.sampling.grid import Grid
 from ldm.sampling.guidance import Guidance
-from ldm.sampling.image_to_image import add_noise_at, last_times, steps_made
+from ldm.sampling.image_to_image import add_noise_at, last_times
 from ldm.sampling.inpainting import inpaint, latent_mask
 from ldm.sampling.noise import ImageNoise
 from ldm.sampling.sampler import OnStep, Sampler, start, steps_of
@@ -58,13 +58,8 @@ class SamplingSettings:
     guidance_scale: float
     strength: float = 1.0
 
-    @property
-    def steps_made(self) -> int:
-        """The steps of one image; UserError for a strength out of range."""
-        return steps_made(self.steps, self.strength)
-
     def times(self, schedule: Schedule) -> Tensor:
-        """The times of the run, [steps_made + 1]; UserError for steps or a strength out of range."""
+        """The times of the run, one more than the steps that run; UserError for steps or a strength out of range."""
         return last_times(self.grid(schedule, self.steps), self.strength)
 
 
@@ -132,7 +127,7 @@ class Generator:
             result = (images * 0.5 + 0.5).lerp(result, masks)  # outside of the mask, the picture's own pixels
         return result
 
-    def batches(
+    def generate(
         self,
         requests: Sequence[Request],
         size: tuple[int, int],
@@ -140,7 +135,7 @@ class Generator:
         batch_size: int | None = 16,
         on_step: Callable[[int], object] = lambda images: None,
     ) -> Iterator[Tensor]:
-        """Images [b, 3, H, W] in [0, 1] on the CPU, in the order of the requests, at most `batch_size` at a time.
+        """Images [3, H, W] in [0, 1] on the CPU, in the order of the requests; at most `batch_size` are made at a time.
 
         None starts with BATCH_SIZES. A batch that does not fit into memory is halved, with a note, and so are those
         after it. `on_step` gets, after each step, how many images took it. UserError where one image is too many.
@@ -155,7 +150,7 @@ class Generator:
             images = _unless_out_of_memory(lambda p=part, s=steps: self.batch(p, size, settings, s).cpu())  # type: ignore[misc]
             if images is not None:
                 first, reported = first + len(part), 0
-                yield images
+                yield from images
                 continue
             if len(part) == 1:
                 raise UserError(
@@ -163,18 +158,6 @@ class Generator:
                 )
             limit, reported = (len(part) + 1) // 2, max(reported, steps.count)
             log.warning("out of memory with %d images at once: continuing with batch_size=%d", len(part), limit)
-
-    def generate(
-        self,
-        requests: Sequence[Request],
-        size: tuple[int, int],
-        settings: SamplingSettings,
-        batch_size: int | None = 16,
-        on_step: Callable[[int], object] = lambda images: None,
-    ) -> Iterator[Tensor]:
-        """Images [3, H, W] in [0, 1] in the order of the requests, see `batches`."""
-        for images in self.batches(requests, size, settings, batch_size, on_step):
-            yield from images
 
     def _pictures(self, images: Tensor | None, masks: Tensor | None, shape: tuple[int, ...]) -> dict[str, Tensor]:
         """The pictures a conditioner may ask for; an inpainting model without one repaints all of an empty picture."""

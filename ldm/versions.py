@@ -57,16 +57,13 @@ def _commit(root: Path) -> str | None:
     """The commit that is checked out, with "-dirty" appended where tracked files differ from it."""
     if not (root / ".git").exists():
         return None
+    command = ["git", "--no-optional-locks", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40"]
     try:
-        head = _git(root, "rev-parse", "HEAD")
-        return head + ("-dirty" if _git(root, "status", "--porcelain", "--untracked-files=no") else "")
+        return subprocess.run(
+            [*command, "--exclude=*"], capture_output=True, text=True, check=True, timeout=10
+        ).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None  # no git here, or a checkout that it refuses
-
-
-def _git(root: Path, *arguments: str) -> str:
-    command = ["git", "--no-optional-locks", "-C", str(root), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
 
 
 def _device() -> str:

@@ -4,7 +4,6 @@ import json
 import subprocess
 from pathlib import Path
 
-import pytest
 import torch
 
 from ldm import versions as module
@@ -20,17 +19,21 @@ def test_they_tell_packages_commit_and_device(tmp_path: Path) -> None:
     assert found["device"]
 
 
-def test_only_a_checkout_has_a_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert module._commit(tmp_path) is None
-    (tmp_path / ".git").mkdir()
-    answers = {"rev-parse": "a" * 40, "status": ""}
-    monkeypatch.setattr(module, "_git", lambda root, command, *rest: answers[command])
-    assert module._commit(tmp_path) == "a" * 40
-    answers["status"] = " M ldm/errors.py"
-    assert module._commit(tmp_path) == "a" * 40 + "-dirty"
+def test_only_a_checkout_has_a_commit(tmp_path: Path) -> None:
+    def git(*arguments: str) -> str:
+        user = ["-c", "user.name=a", "-c", "user.email=a@example.org"]
+        command = ["git", "-C", str(tmp_path), *user, *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
-    def fail(*args: object) -> str:
-        raise subprocess.CalledProcessError(128, "git")
-
-    monkeypatch.setattr(module, "_git", fail)
     assert module._commit(tmp_path) is None
+    git("init")
+    assert module._commit(tmp_path) is None  # without a commit git fails
+    (tmp_path / "file").write_text("1")
+    git("add", "file")
+    git("commit", "-m", "first")
+    git("tag", "-m", "a tag", "v1")
+    head = git("rev-parse", "HEAD")
+    (tmp_path / "untracked").touch()
+    assert module._commit(tmp_path) == head
+    (tmp_path / "file").write_text("22")
+    assert module._commit(tmp_path) == f"{head}-dirty"

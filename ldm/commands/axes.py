@@ -53,25 +53,24 @@ def read_axes(sheet: Mapping[str, str | None]) -> Axes:
 
     A value is what Hydra takes for a sweep: `steps=10,20`, `steps=range(10,60,10)`, `size=[32,32],[48,32]`.
     """
-    axes = [_axis(name, sheet[name]) for name in NAMES]
-    knobs = [axis.knob for axis in axes if axis.knob]
-    for knob in knobs:
-        if knobs.count(knob) > 1:
+    axes = dict.fromkeys(NAMES, Axis())
+    for name in NAMES:
+        if sheet[name] is None:
+            continue
+        text = str(sheet[name])
+        if "=" not in text:
+            raise UserError(
+                f'sheet.{name}={text}: expected a knob and its values, e.g. sheet.{name}="guidance_scale=1,3"'
+            )
+        override = parse([text])[0]
+        if override.key_or_group.split(".")[0] in COMMAND_KNOBS:
+            raise UserError(
+                f"sheet.{name}={text}: {override.key_or_group} is a knob of the whole command, not of one picture; "
+                "an axis takes what changes a picture: steps, guidance_scale, sampler, grid, seed, prompt, ..."
+            )
+        knob = override.get_key_element()
+        if any(axis.knob == knob for axis in axes.values()):
             raise UserError(f"sheet: {knob} is on two axes; give each axis another knob")
-    return Axes(*axes)
-
-
-def _axis(name: str, text: str | None) -> Axis:
-    if text is None:
-        return Axis()
-    if "=" not in str(text):
-        raise UserError(f'sheet.{name}={text}: expected a knob and its values, e.g. sheet.{name}="guidance_scale=1,3"')
-    override = parse([str(text)])[0]
-    if override.key_or_group.split(".")[0] in COMMAND_KNOBS:
-        raise UserError(
-            f"sheet.{name}={text}: {override.key_or_group} is a knob of the whole command, not of one picture; "
-            "an axis takes what changes a picture: steps, guidance_scale, sampler, grid, seed, prompt, ..."
-        )
-    sweep = override.is_sweep_override()
-    values = override.sweep_string_iterator() if sweep else [str(text).partition("=")[2]]
-    return Axis(override.get_key_element(), tuple(str(value) for value in values))
+        values = override.sweep_string_iterator() if override.is_sweep_override() else [text.partition("=")[2]]
+        axes[name] = Axis(knob, tuple(str(value) for value in values))
+    return Axes(**axes)

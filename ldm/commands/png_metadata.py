@@ -42,7 +42,8 @@ def _digest(folder: ModelFolder) -> str:
 
 def metadata(knobs: Knobs, origin: Origin) -> dict[str, Any]:
     """The metadata of a picture, JSON."""
-    files = {name: _file(knobs[name]) for name in FILES}
+    files = {name: knobs[name] for name in FILES}
+    files = {name: path and {"path": str(Path(path).resolve()), "sha256": sha256(path)} for name, path in files.items()}
     weaker = {path: _digest_at(path) for path in _checkpoints(knobs["guidance"])}
     return knobs | files | asdict(origin) | {"weaker": weaker}
 
@@ -124,7 +125,3 @@ def _checkpoints(guidance: Any) -> Iterator[str]:
 
 def _digest_at(checkpoint: str) -> str:
     return _digest(find_model_folder(Path(checkpoint), "diffusion"))
-
-
-def _file(path: str | None) -> dict[str, str] | None:
-    return None if path is None else {"path": str(Path(path).resolve()), "sha256": sha256(path)}

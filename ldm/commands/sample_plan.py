@@ -21,7 +21,9 @@ from ldm.config.trained import (
     sampling_settings,
     untrained_parts,
 )
+from ldm.diffusion.schedule import Schedule
 from ldm.errors import UserError, nearest
+from ldm.first_stage.autoencoder import FirstStage
 from ldm.generation import SamplingSettings
 from ldm.sampling.image_to_image import steps_made
 
@@ -80,8 +82,13 @@ def plan(
         recorded: the knobs of a picture to make again; what the command line does not name is as there.
     """
     axes = read_axes(cfg["sheet"])
-    lines = _read_lines(cfg)
-    variants = _Variants(cfg, overrides, model, recorded)
+    lines: list[tuple[str, Line]] = [("", {})]  # the knobs of each prompt, and the place that its errors name
+    if cfg["prompts"] is not None:
+        if cfg["prompt"] is not None:
+            raise UserError('give either prompt="..." or prompts=FILE (one prompt a line, or .jsonl)')
+        prompts = enumerate(read_prompts(Path(cfg["prompts"])), 1)
+        lines = [(f"prompts={cfg['prompts']}, prompt {i}: ", line) for i, line in prompts]
+    variants = _Variants(cfg, overrides, model, recorded, model_inputs(model), *untrained_parts(model))
     n = (1 if axes or recorded else 4) if cfg["n"] is None else cfg["n"]
     pictures = []
     for cell, texts in axes.cells():
@@ -101,16 +108,6 @@ def plan(
     return pictures, axes
 
 
-def _read_lines(cfg: Mapping[str, Any]) -> list[tuple[str, Line]]:
-    """The knobs of each prompt, and the place that its errors name; one prompt without any where no file is given."""
-    if cfg["prompts"] is None:
-        return [("", {})]
-    if cfg["prompt"] is not None:
-        raise UserError('give either prompt="..." or prompts=FILE (one prompt a line, or .jsonl)')
-    lines = read_prompts(Path(cfg["prompts"]))
-    return [(f"prompts={cfg['prompts']}, prompt {i}: ", line) for i, line in enumerate(lines, 1)]
-
-
 @dataclass
 class _Variants:
     """The command's knobs under changes of single ones; each combination of settings is composed and checked once."""
@@ -119,39 +116,39 @@ class _Variants:
     overrides: Sequence[str]
     model: Any
     recorded: Knobs | None
+    inputs: ModelInputs
+    schedule: Schedule
+    first_stage: FirstStage
     _settings: dict[tuple[str, ...], Knobs] = field(default_factory=dict)
     _checked: set[str] = field(default_factory=set)
 
-    def __post_init__(self) -> None:
-        self.inputs = model_inputs(self.model)
-        self.schedule, self.first_stage = untrained_parts(self.model)
-
     def knobs(self, line: Line, cell: Mapping[str, str]) -> Knobs:
-        """All knobs of a picture: the command's, those of a line of the prompts file, those of a cell of the sheet."""
+        """All knobs of a picture: the command's, those of a line of the prompts file, those of a cell of the sheet.
+
+        They go over those of the recorded picture, or the model's own.
+        """
         for name in cell.keys() & line.keys():
             raise UserError(f"{name} is on an axis of the sheet as well; give it in one place")
         texts = {**cell} | {name: _text(name, value) for name, value in line.items() if name not in (*IMAGE_KNOBS, "n")}
         settings = tuple(f"{name}={text}" for name, text in texts.items() if name not in IMAGE_KNOBS)
         if settings not in self._settings:
-            self._settings[settings] = self._compose(settings)
+            overrides = [*self.overrides, *settings]
+            cfg = compose("sample", overrides) if settings else self.cfg
+            given = {name: cfg.get(name) for name in KNOBS}
+            defaults = self.model.get("sampling") if self.recorded is None else self.recorded
+            sampling = merge_sampling(defaults, given)
+            if self.recorded is not None:
+                names = {override.key_or_group.split(".")[0] for override in parse(overrides)}
+                given = self.recorded | {name: value for name, value in given.items() if name in names}
+            self._settings[settings] = given | sampling
         values = {name: _value(name, text) for name, text in cell.items() if name in IMAGE_KNOBS}
         values |= {name: value for name, value in line.items() if name in IMAGE_KNOBS}
         return self._check(self._settings[settings] | values)
 
-    def _compose(self, settings: Sequence[str]) -> Knobs:
-        """The knobs of the command line and `settings`, over those of the recorded picture, over the model's own."""
-        overrides = [*self.overrides, *settings]
-        cfg = compose("sample", overrides) if settings else self.cfg
-        given = {name: cfg.get(name) for name in KNOBS}
-        if self.recorded is None:
-            return given | merge_sampling(self.model.get("sampling"), given)
-        names = {override.key_or_group.split(".")[0] for override in parse(overrides)}
-        given = {name: value for name, value in given.items() if name in names}
-        return self.recorded | given | merge_sampling(self.recorded, given)
-
     def _check(self, knobs: Knobs) -> Knobs:
         """The knobs, complete; UserError for values that the model cannot be sampled with."""
-        knobs = {name: _text_or_none(knobs[name]) if name in TEXTS else knobs[name] for name in KNOBS}
+        knobs = {name: knobs[name] for name in KNOBS}
+        knobs |= {name: str(knobs[name]) for name in TEXTS if knobs[name] is not None}
         knobs["negative_prompt"] = knobs["negative_prompt"] or ""
         _check_inputs(knobs, self.inputs)
         whole_number("seed", knobs["seed"], least=None)
@@ -173,10 +170,6 @@ class _Variants:
                 log.info(note)
             self._checked.add(key)
         return knobs
-
-
-def _text_or_none(value: Any) -> str | None:
-    return None if value is None else str(value)
 
 
 def _check_inputs(knobs: Knobs, inputs: ModelInputs) -> None:

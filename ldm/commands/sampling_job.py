@@ -89,18 +89,16 @@ class SamplingJob:
         """Write the pictures of one batch, which have equal settings."""
         generator = _generator(self.origin.checkpoint, self.origin.weights, device)
         height, width = batch[0].knobs["size"]
-        requests = [self._request(picture, (height, width)) for picture in batch]
+        requests = []
+        for knobs in (picture.knobs for picture in batch):
+            source = read_init_image(knobs["init_image"], knobs["mask"], (height, width))
+            prompt, negative = ({name: str(knobs[key]) for name in self.texts} for key in ("prompt", "negative_prompt"))
+            requests.append(Request(prompt, knobs["seed"], negative, source.image, source.mask))
         images = generator.generate(requests, (height, width), batch[0].settings(), self.batch_size, on_steps)
         for picture, image in zip(batch, images, strict=True):
             if not image.isfinite().all():
                 raise UserError(f"{picture.name}: the picture has NaN or infinite numbers; it is not written")
             save_image(image, self.out / picture.name, metadata(picture.knobs, self.origin))
-
-    def _request(self, picture: Picture, size: tuple[int, int]) -> Request:
-        knobs = picture.knobs
-        source = read_init_image(knobs["init_image"], knobs["mask"], size)
-        texts, negative = ({text: str(knobs[name]) for text in self.texts} for name in ("prompt", "negative_prompt"))
-        return Request(texts, knobs["seed"], negative, source.image, source.mask)
 
 
 @cache  # once in a process
@@ -135,7 +133,10 @@ def sample(cfg: Mapping[str, Any], overrides: Sequence[str]) -> str:
         job.run(pictures, devices, bar.update)
     write_sheet(pictures, axes, out)
     write_versions(out)
-    return report(pictures, out)
+    paths = [f"{out / picture.name}\n" for picture in pictures[:MAX_LISTED]]
+    more = [f"... and {len(pictures) - MAX_LISTED} more\n"] if len(pictures) > MAX_LISTED else []
+    count = f"{len(pictures)} image{'s' if len(pictures) > 1 else ''}"
+    return "".join([*paths, *more, f"{count} and grid.png written to {out}/\n"])
 
 
 def write_sheet(pictures: Sequence[Picture], axes: Axes, out: Path) -> None:
@@ -149,11 +150,3 @@ def write_sheet(pictures: Sequence[Picture], axes: Axes, out: Path) -> None:
         cells.setdefault(picture.cell, []).append(picture)
     images = {cell: [open_image(out / one.name) for one in ones] for cell, ones in cells.items()}
     contact_sheet(images, axes.x.labels(), axes.y.labels(), axes.z.labels(), out / "grid.png")
-
-
-def report(pictures: Sequence[Picture], out: Path) -> str:
-    """The paths of the first pictures, then how many there are and where."""
-    paths = [f"{out / picture.name}\n" for picture in pictures[:MAX_LISTED]]
-    more = [f"... and {len(pictures) - MAX_LISTED} more\n"] if len(pictures) > MAX_LISTED else []
-    count = f"{len(pictures)} image{'s' if len(pictures) > 1 else ''}"
-    return "".join([*paths, *more, f"{count} and grid.png written to {out}/\n"])

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -56,10 +57,17 @@ def _summary(invocation: Invocation, curriculum: list[str]) -> str:
         facts = f"step {record['step']}, {record['train_seconds']:.0f} s{quality}"
         lines.append(f"  {name:<12} {run / name / 'model'}  ({facts})")
     if any(record["kind"] == "diffusion" for record in records.values()):
-        lines.append(f'sample:    python sample.py checkpoint={run} prompt="..." out={run}/pictures')
-        lines.append(f"evaluate:  python evaluate.py checkpoint={run} out={run}/scores")
+        lines.append(f'sample:    {_command("sample")} checkpoint={run} prompt="..." out={run}/pictures')
+        lines.append(f"evaluate:  {_command('evaluate')} checkpoint={run} out={run}/scores")
     rest = [name for name in curriculum if name not in records]
     if rest:
         experiment = next((text for text in invocation.overrides if text.startswith("experiment=")), "experiment=NAME")
-        lines.append(f"go on:     python train.py {experiment} resume={run} stages=[{','.join(rest)}]")
+        lines.append(f"go on:     {_command('train')} {experiment} resume={run} stages=[{','.join(rest)}]")
     return "\n".join(lines) + "\n"
+
+
+def _command(name: str) -> str:
+    """A command as this launch was started: `python sample.py`, or `ldm-sample --config-dir mine/configs`."""
+    program = f"python {name}.py" if sys.argv[0].endswith(".py") else f"ldm-{name}"
+    folder = re.search(r"(?:^| )(?:--config-dir|-cd)[ =](\S+)", " ".join(sys.argv[1:]))
+    return f"{program} --config-dir {folder[1]}" if folder else program

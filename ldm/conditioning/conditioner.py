@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor, nn
 
@@ -53,8 +53,10 @@ class Conditioner(nn.Module, ABC):
         conditioner drops what its options say; without them (sampling, evaluation) it is deterministic.
         """
 
-    def __call__(self, fields: Fields, rng_keys: Tensor | None = None) -> Condition:
-        return cast(Condition, super().__call__(fields, rng_keys))
+    if TYPE_CHECKING:
+
+        def __call__(self, fields: Fields, rng_keys: Tensor | None = None) -> Condition:
+            """`forward`."""
 
 
 def texts(fields: Fields, name: str) -> list[str]:

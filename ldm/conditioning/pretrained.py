@@ -1,36 +1,34 @@
 """Text encoders and tokenizers from a folder or the hub."""
 
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import nn
-from transformers import (
-    MODEL_FOR_TEXT_ENCODING_MAPPING,
-    AutoConfig,
-    AutoModel,
-    AutoModelForTextEncoding,
-    AutoTokenizer,
-    CLIPConfig,
-    CLIPTextConfig,
-    CLIPTextModel,
-    CLIPTextModelWithProjection,
-    CLIPTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-)
 
 from ldm.errors import UserError, listed
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 WEIGHTS = "config.json, model.safetensors"
 TOKENIZER = "tokenizer_config.json and tokenizer.json, or vocab.json and merges.txt"
 
 
-def text_encoder_from_pretrained(name_or_path: str, subfolder: str = "", clip_skip: int = 0) -> PreTrainedModel:
+def text_encoder_from_pretrained(name_or_path: str, subfolder: str = "", clip_skip: int = 0) -> "PreTrainedModel":
     """The text encoder in a folder (or of a hub name); `subfolder` is "text_encoder" in a diffusers folder.
 
     Of a whole CLIP its text half, of T5 and UMT5 the encoder half, else transformers' base model (BERT, Gemma, ...).
     The last `clip_skip` layers are left out: SD 2 uses 23 of OpenCLIP ViT-H's 24. Raises UserError where it cannot
     be loaded, has weights missing, or has no more layers than that.
     """
+    from transformers import (
+        MODEL_FOR_TEXT_ENCODING_MAPPING,
+        AutoConfig,
+        AutoModel,
+        AutoModelForTextEncoding,
+        CLIPConfig,
+        CLIPTextModel,
+    )
+
     try:
         config = AutoConfig.from_pretrained(name_or_path, subfolder=subfolder)
         family: Any = CLIPTextModel if isinstance(config, CLIPConfig) else AutoModel
@@ -49,11 +47,13 @@ def text_encoder_from_pretrained(name_or_path: str, subfolder: str = "", clip_sk
         blocks = next(m for m in encoder.modules() if isinstance(m, nn.ModuleList) and len(m) == layers)
         del blocks[layers - clip_skip :]
         encoder.config.get_text_config().num_hidden_layers = layers - clip_skip
-    return cast(PreTrainedModel, encoder)
+    return cast("PreTrainedModel", encoder)
 
 
 def clip_projection_from_pretrained(name_or_path: str, subfolder: str = "") -> nn.Linear:
     """The linear map of the pooled state in a text encoder's folder (or of a hub name); UserError without one."""
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+
     files = f"{WEIGHTS} with a text_projection"
     try:
         # of a whole CLIP the width stands outside of text_config, where transformers does not look (#25622)
@@ -74,11 +74,13 @@ def clip_projection_from_pretrained(name_or_path: str, subfolder: str = "") -> n
 
 def tokenizer_from_pretrained(
     name_or_path: str, subfolder: str = "", pad_token: str | None = None
-) -> PreTrainedTokenizerFast:
+) -> "PreTrainedTokenizerFast":
     """The tokenizer in a folder (or of a hub name); `subfolder` is "tokenizer" in a diffusers folder.
 
     `pad_token` replaces its padding token: OpenCLIP's is "!". Raises UserError where it cannot be loaded.
     """
+    from transformers import AutoTokenizer, CLIPTokenizer
+
     try:
         tokenizer = AutoTokenizer.from_pretrained(name_or_path, subfolder=subfolder)
     except (OSError, ValueError, TypeError, KeyError):
@@ -94,7 +96,7 @@ def tokenizer_from_pretrained(
         if pad_token not in vocabulary:
             raise UserError(f"pad_token={pad_token!r}: the tokenizer has no such token")
         tokenizer.pad_token = pad_token
-    return cast(PreTrainedTokenizerFast, tokenizer)
+    return cast("PreTrainedTokenizerFast", tokenizer)
 
 
 def _not_loaded(part: str, name: str, subfolder: str, files: str) -> UserError:

@@ -3,16 +3,18 @@
 import hashlib
 import logging
 from collections.abc import Sequence
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 from ldm.checkpoint import fingerprint
 from ldm.conditioning.condition import Condition, Widths
 from ldm.conditioning.conditioner import Conditioner, Fields, check_probability, dropout_mask, texts
 from ldm.errors import UserError
+
+if TYPE_CHECKING:  # transformers takes longer to import than torch: loaded where a model of it is built
+    from transformers import CLIPTextModel, CLIPTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 log = logging.getLogger(__name__)
 
@@ -47,8 +49,8 @@ class TextConditioner(Conditioner):
 
     def __init__(
         self,
-        encoder: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerFast,
+        encoder: "PreTrainedModel",
+        tokenizer: "PreTrainedTokenizerFast",
         field: str = "caption",
         dropout: float = 0.0,
         layer: int = -1,
@@ -60,9 +62,10 @@ class TextConditioner(Conditioner):
         projection: nn.Linear | None = None,
         zero_empty_embedding: bool = False,
     ) -> None:
+        from transformers import CLIPTextModel
+
         super().__init__()
         check_probability("dropout", dropout)
-        _check_tokenizer(tokenizer, encoder, max_length)
         self.is_clip = isinstance(encoder, CLIPTextModel)
         modules = dict(encoder.named_modules())
         self.norm_name = next((name for name in FINAL_NORMS if name in modules), None)
@@ -81,14 +84,30 @@ class TextConditioner(Conditioner):
         self.truncated = 0
         self._name: str | None = None
         self._empty: Condition | None = None
-        self._check_states()
+        self._check_options()
         if frozen:
             self.requires_grad_(False)
         self.train(self.training)
 
-    def _check_states(self) -> None:
-        """Raise UserError for states that the encoder does not have."""
-        model, layers = type(self.encoder).__name__, self.encoder.config.get_text_config().num_hidden_layers
+    def _check_options(self) -> None:
+        """Raise UserError for a tokenizer that is not the encoder's, and for states that the encoder does not have."""
+        tokenizer, config = self.tokenizer, self.encoder.config.get_text_config()
+        limit = getattr(config, "max_position_embeddings", None)  # None: any length, as T5's relative positions
+        if self.max_length < 2 or (limit is not None and self.max_length > limit):
+            most = limit or "any number of"
+            raise UserError(f"max_length={self.max_length}: the text encoder takes 2 to {most} tokens")
+        if not getattr(tokenizer, "is_fast", False):
+            raise UserError(
+                f"{type(tokenizer).__name__} has no `tokenizers` backend: give a folder with a tokenizer.json"
+            )
+        if tokenizer.pad_token_id is None:
+            raise UserError("the tokenizer has no padding token: give tokenizer.pad_token, one of its tokens")
+        if len(tokenizer) > config.vocab_size:
+            raise UserError(
+                f"the tokenizer has {len(tokenizer)} tokens, the text encoder {config.vocab_size}: they are not of one "
+                "model; take both from the same folder, or build the encoder for it with clip_text_for(tokenizer, ...)"
+            )
+        model, layers = type(self.encoder).__name__, config.num_hidden_layers
         if not -layers <= self.layer <= -1:
             raise UserError(f"layer={self.layer}: the text encoder has layers -{layers} to -1")
         if self.final_norm and self.norm_name is None:
@@ -211,22 +230,6 @@ class TextConditioner(Conditioner):
         return self
 
 
-def _check_tokenizer(tokenizer: PreTrainedTokenizerFast, encoder: PreTrainedModel, max_length: int) -> None:
-    config = encoder.config.get_text_config()
-    limit = getattr(config, "max_position_embeddings", None)  # None: any length, as T5's relative positions
-    if max_length < 2 or (limit is not None and max_length > limit):
-        raise UserError(f"max_length={max_length}: the text encoder takes 2 to {limit or 'any number of'} tokens")
-    if not getattr(tokenizer, "is_fast", False):
-        raise UserError(f"{type(tokenizer).__name__} has no `tokenizers` backend: give a folder with a tokenizer.json")
-    if tokenizer.pad_token_id is None:
-        raise UserError("the tokenizer has no padding token: give tokenizer.pad_token, one of its tokens")
-    if len(tokenizer) > config.vocab_size:
-        raise UserError(
-            f"the tokenizer has {len(tokenizer)} tokens, the text encoder {config.vocab_size}: they are not of one "
-            "model; take both from the same folder, or build the encoder for it with clip_text_for(tokenizer, ...)"
-        )
-
-
 def clip_text_from_config(
     hidden_size: int = 768,
     layers: int = 12,
@@ -238,8 +241,10 @@ def clip_text_from_config(
     bos: int = 49406,
     eos: int = 49407,
     pad: int = 49407,
-) -> CLIPTextModel:
+) -> "CLIPTextModel":
     """A text encoder with random weights; the defaults are CLIP ViT-L/14's (123,060,480 parameters)."""
+    from transformers import CLIPTextConfig, CLIPTextModel
+
     if hidden_size % heads:
         raise UserError(f"hidden_size={hidden_size} is not a multiple of heads={heads}")
     config = CLIPTextConfig(
@@ -259,7 +264,7 @@ def clip_text_from_config(
 
 
 def clip_text_for(
-    tokenizer: CLIPTokenizer,
+    tokenizer: "CLIPTokenizer",
     hidden_size: int = 768,
     layers: int = 12,
     heads: int = 12,
@@ -268,7 +273,7 @@ def clip_text_for(
     act: str = "quick_gelu",
     token_std: float = 0.02,
     position_std: float = 0.02,
-) -> CLIPTextModel:
+) -> "CLIPTextModel":
     """A text encoder with random weights whose vocabulary and special tokens are the tokenizer's.
 
     `token_std` and `position_std` are the embeddings' initial standard deviations. CLIP's 0.02 is for long

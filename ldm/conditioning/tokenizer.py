@@ -6,15 +6,17 @@ import shutil
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
-from transformers import CLIPTokenizer
 
 from ldm.conditioning.pretrained import tokenizer_from_pretrained
 from ldm.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import CLIPTokenizer
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 WORD_END = "</w>"
@@ -27,7 +29,7 @@ def captions_tokenizer(
     vocab_size: int = 49408,
     max_length: int = 77,
     min_frequency: int = 2,
-) -> CLIPTokenizer:
+) -> "CLIPTokenizer":
     """The tokenizer in the folder `path`; where there is none, it is trained on `captions` and saved there.
 
     Byte-level BPE in CLIP's layout (Radford et al. 2021, section 2.4): 256 bytes, 256 bytes that end a
@@ -37,6 +39,8 @@ def captions_tokenizer(
     transformers, diffusers and older tools (vocab.json, merges.txt) read the folder.
     Raises UserError for a vocabulary that is too small, or no captions.
     """
+    from transformers import CLIPTokenizer
+
     path = Path(path)
     if not path.exists():
         merges = _train_merges(captions, vocab_size, min_frequency)
@@ -44,7 +48,7 @@ def captions_tokenizer(
         pairs = cast(list[str], merges)
         tokenizer = CLIPTokenizer(vocab=_vocab(merges), merges=pairs, model_max_length=max_length)
         _save(tokenizer, path)
-    return cast(CLIPTokenizer, tokenizer_from_pretrained(str(path)))
+    return cast("CLIPTokenizer", tokenizer_from_pretrained(str(path)))
 
 
 def _byte_letters() -> list[str]:
@@ -61,6 +65,8 @@ def _alphabet() -> list[str]:
 
 def _train_merges(captions: Iterable[str], vocab_size: int, min_frequency: int) -> list[Merge]:
     """The BPE merges of the captions, most frequent first."""
+    from transformers import CLIPTokenizer
+
     alphabet = _alphabet()
     if vocab_size < len(alphabet) + 2:
         raise UserError(f"vocab_size={vocab_size}: bytes, start and end alone take {len(alphabet) + 2}")
@@ -88,7 +94,7 @@ def _vocab(merges: list[Merge]) -> dict[str, int]:
     return {token: i for i, token in enumerate([*_alphabet(), *words, START, END])}
 
 
-def _save(tokenizer: CLIPTokenizer, path: Path) -> None:
+def _save(tokenizer: "CLIPTokenizer", path: Path) -> None:
     """Write a temporary folder and rename it to `path`; the finished folder of another process is kept."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))

@@ -78,6 +78,7 @@ def stages(
 def check_stage(config: DictConfig, stages: list[str]) -> None:
     """Raises UserError for what cannot be built, as far as that shows before the stage's turn."""
     config = deepcopy(config)
+    check_devices(config.trainer)
     try:
         fill_widths(config)
         OmegaConf.resolve(deepcopy(config))
@@ -89,7 +90,6 @@ def check_stage(config: DictConfig, stages: list[str]) -> None:
     for group in ("callbacks", "logger"):
         for name, node in _entries(config, group).items():
             check(node, f"{group}.{name}")
-    check_devices(config.trainer)
     check_fit(config, stages)
 
 

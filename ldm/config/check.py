@@ -1,5 +1,6 @@
 """Every knob against the constructor that it goes to: its name and its type, before anything is built."""
 
+import builtins
 import collections.abc
 import importlib
 import inspect
@@ -7,6 +8,7 @@ import os
 import re
 import types
 import typing
+from collections import defaultdict
 from collections.abc import Callable
 from enum import Enum
 from functools import cache
@@ -62,6 +64,22 @@ def _failed(node: DictConfig, path: str, message: str) -> str:
         name = _origin(current, part, f"{name}." if name else "") if inside else f"{name}.{part}".strip(".")
         current = current[part] if inside else None
     return f"{name}: {target[1] if target else node['_target_']}"
+
+
+def build_on_meta(node: DictConfig, path: str) -> Any:
+    """The object without memory for its weights, for its shapes.
+
+    Where a constructor needs real numbers (`Tensor.item()`, pretrained weights) the whole object.
+    """
+    import torch  # here, so that a command that only checks names does without it
+
+    try:
+        with torch.device("meta"):
+            return build(node, path)
+    except UserError as error:
+        if isinstance(error.__cause__, InstantiationException):
+            return build(node, path)
+        raise
 
 
 def check(node: Any, path: str = "", supplied: frozenset[str] = frozenset()) -> None:
@@ -156,10 +174,14 @@ def _origin(node: DictConfig, name: str, prefix: str) -> str:
 
 @cache
 def _hints(target: Callable[..., Any]) -> dict[str, Any]:
-    """The annotations of a constructor's or a function's arguments; none where they cannot be read."""
-    function = target.__init__ if inspect.isclass(target) else target
+    """The annotations of a constructor's or a function's arguments; none where they cannot be read.
+
+    A name that is imported for type checkers alone stands for anything.
+    """
+    function = inspect.unwrap(target.__init__ if inspect.isclass(target) else target)
+    names = defaultdict(lambda: Any, vars(builtins) | getattr(function, "__globals__", {}))
     try:
-        return typing.get_type_hints(inspect.unwrap(function))
+        return typing.get_type_hints(function, localns=names)
     except (NameError, TypeError, AttributeError):
         return {}
 
@@ -179,18 +201,16 @@ def _fits(value: Any, hint: Any) -> bool:
         return _fits(value, arguments[0])
     kind = origin or hint
     if kind in LISTS:
-        return OmegaConf.is_list(value) and _items_fit(value, kind, arguments)
+        if not OmegaConf.is_list(value) or not arguments:
+            return OmegaConf.is_list(value)
+        if kind is tuple and Ellipsis not in arguments:
+            return len(value) == len(arguments) and all(map(_fits, value, arguments))
+        return all(_fits(item, arguments[0]) for item in value)
     if kind in (dict, collections.abc.Mapping):
         return OmegaConf.is_dict(value) and (not arguments or all(_fits(v, arguments[1]) for v in value.values()))
     if inspect.isclass(kind) and isinstance(value, bool | int | float | str):
         return kind in (object, Path, os.PathLike) or issubclass(kind, Enum) or isinstance(value, kind)
     return True
-
-
-def _items_fit(values: ListConfig, kind: Any, arguments: tuple[Any, ...]) -> bool:
-    if kind is tuple and arguments and Ellipsis not in arguments:
-        return len(values) == len(arguments) and all(map(_fits, values, arguments))
-    return not arguments or all(_fits(item, arguments[0]) for item in values)
 
 
 def _words(hint: Any) -> str:

@@ -61,7 +61,10 @@ def command(config_name: str, texts: Sequence[str] = ()) -> Callable[[Main], Cal
             if os.getcwd() not in sys.path:
                 sys.path.insert(0, os.getcwd())
             register_resolvers()
-            _quiet()
+            lightning = logging.getLogger("pytorch_lightning.utilities.rank_zero")
+            lightning.addFilter(lambda record: not str(record.msg).startswith(NOTICES))
+            for text in WARNINGS:
+                warnings.filterwarnings("ignore", text)
             if not {"-m", "--multirun"} & set(sys.argv):
                 sys.argv[1:] = with_texts(sys.argv[1:], texts)
             os.environ[DEBUG] = "1"  # Hydra then hands errors on, instead of printing them in its own way
@@ -100,22 +103,16 @@ def _exit_if_user_error(error: BaseException, debug: bool) -> None:
         cause = cause.__cause__ or cause.__context__
 
 
-def _quiet() -> None:
-    """Leaves out the libraries' notices that say nothing to the user of a command."""
-    lightning = logging.getLogger("pytorch_lightning.utilities.rank_zero")
-    lightning.addFilter(lambda record: not str(record.msg).startswith(NOTICES))
-    for text in (
-        ".*does not have many workers.*",
-        ".*treespec.*is deprecated.*",
-        ".*lr_scheduler.step.*before.*optimizer.step.*",
-        ".*Found .* module.* in eval mode.*",
-        ".*smaller than the logging interval.*",
-        ".*Trying to infer the `batch_size`.*",
-        ".*Checkpoint directory .* exists.*",
-    ):
-        warnings.filterwarnings("ignore", text)
-
-
+# Notices of libraries that say nothing to the user of a command
+WARNINGS = (
+    ".*does not have many workers.*",
+    ".*treespec.*is deprecated.*",
+    ".*lr_scheduler.step.*before.*optimizer.step.*",
+    ".*Found .* module.* in eval mode.*",
+    ".*smaller than the logging interval.*",
+    ".*Trying to infer the `batch_size`.*",
+    ".*Checkpoint directory .* exists.*",
+)
 NOTICES = (
     "💡 Tip:", "GPU available:", "TPU available:", "HPU available:", "Using default", "`Trainer.fit` stopped",
     "Restoring states from", "Restored all states", "Seed set to", "Trainer already configured",

@@ -14,6 +14,7 @@ from typing import Any, cast
 
 import hydra
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.config_repository import ConfigRepository
 from hydra.core.default_element import ConfigDefault
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -191,9 +192,14 @@ def _compose(
     from_shell: bool,
     validate_sweep_overrides: bool,
 ) -> DictConfig:
-    parsed, values = parse(overrides), _value_keys(config_name)
+    parsed = parse(overrides)
+    root: Any = OmegaConf.load(CONFIGS / f"{config_name}.yaml") if config_name else {}
+    values = {key for key in map(str, root) if (CONFIGS / key).is_dir()}  # not groups there: `data` of evaluate.py
     groups = [o.input_line or "" for o in parsed if o.key_or_group not in values or o.is_sweep_override()]
     try:
+        _, repository = loader._parse_overrides_and_create_caching_repo(config_name, groups)
+        loader.repository = cast(ConfigRepository, repository.delegate)  # with hydra.searchpath
+        files = loader.compute_defaults_list(config_name, groups, run_mode).defaults
         cfg = _load_configuration(loader, config_name, groups, run_mode, from_shell, validate_sweep_overrides)
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(_explain(loader, parsed, error)) from error
@@ -207,20 +213,10 @@ def _compose(
         for override in parsed:
             if override.is_sweep_override() and not loader.repository.group_exists(override.key_or_group):
                 _require_knob(cfg, override)
-    for group, choice in cfg.hydra.runtime.choices.items():
-        for name in choice if OmegaConf.is_list(choice) else [choice]:
-            _require_one_file(loader, f"{group}/{name}")
+    _require_distinct_names(loader, [str(file.config_path) for file in files if file.config_path])
     _drop_replaced_knobs(cfg, loader)
-    _require_distinct_names(cfg, loader)
     _require_no_idle_root_key(cfg, config_name)
     return cfg
-
-
-def _value_keys(config_name: str | None) -> set[str]:
-    """The keys of a command that are values there though a group has the name: `data` of evaluate.py."""
-    if config_name is None:
-        return set()
-    return {key for key in map(str, OmegaConf.load(CONFIGS / f"{config_name}.yaml")) if (CONFIGS / key).is_dir()}
 
 
 def _apply(overrides: list[Override], cfg: DictConfig) -> None:
@@ -304,8 +300,7 @@ def _require_no_idle_root_key(cfg: DictConfig, config_name: str) -> None:
 
 def _require_one_file(loader: ConfigLoaderImpl, path: str) -> None:
     """UserError where two folders of the search path have an option: one of them would be ignored."""
-    sources = [source for source in loader.repository.get_sources() if source.provider not in ("hydra", "schema")]
-    folders = {os.path.realpath(source.path) for source in sources if source.is_config(path)}
+    folders = {os.path.realpath(s.path) for s in loader.repository.get_sources() if s.path and s.is_config(path)}
     if len(folders) > 1:
         raise UserError(f"{path}.yaml is in {' and in '.join(sorted(folders))}; give one of them another name")
 
@@ -336,19 +331,17 @@ def _drop(node: DictConfig, sources: Sequence[Any]) -> None:
                 del node[name]
 
 
-def _require_distinct_names(cfg: DictConfig, loader: ConfigLoaderImpl) -> None:
-    """UserError where two files of callbacks, or of loggers, define one name: one would be laid over the other."""
-    for group in ("callbacks", "logger"):
-        choice = cfg.hydra.runtime.choices.get(group)
-        chosen = list(choice) if OmegaConf.is_list(choice) else [choice]
-        defined: dict[str, str] = {}
-        files = dict(file for name in chosen if name for file in _files(loader, f"{group}/{name}"))
-        for path, content in files.items():
-            for name in map(str, content):
-                if name in defined:
-                    both = f"{defined[name]}.yaml and {path}.yaml"
+def _require_distinct_names(loader: ConfigLoaderImpl, paths: Sequence[str]) -> None:
+    """UserError where two of a composition's files define one callback or logger: one would be laid over the other."""
+    defined: dict[str, str] = {}
+    for path in paths:
+        _require_one_file(loader, path)
+        group, _, rest = path.partition("/")
+        if rest and group in ("callbacks", "logger"):
+            for name in map(str, cast(ConfigResult, loader.repository.load_config(path)).config):
+                if defined.setdefault(f"{group}.{name}", path) != path:
+                    both = f"{defined[f'{group}.{name}']}.yaml and {path}.yaml"
                     raise UserError(f"{group}.{name}: both {both} define it; give one another name")
-                defined[name] = path
 
 
 def _option(loader: ConfigLoaderImpl, path: str) -> DictConfig:

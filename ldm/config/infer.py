@@ -1,16 +1,15 @@
 """Widths that follow from other parts of a model: a network's `auto` channels, and whether the parts fit."""
 
 from collections.abc import Collection
-from typing import Any, cast
+from typing import cast
 
 import torch
-from hydra.errors import InstantiationException
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from ldm.conditioning.condition import Widths
 from ldm.conditioning.conditioner import Conditioner
-from ldm.config.check import build
+from ldm.config.check import build, build_on_meta
 from ldm.data.loading.fetch import View
 from ldm.diffusion.auxiliary import check_taps
 from ldm.errors import UserError
@@ -115,17 +114,3 @@ def _check_taps(config: DictConfig, network: nn.Module) -> None:
             check_taps(network, term.get("taps") or () if term is not None else ())
         except UserError as error:
             raise UserError(f"loss.auxiliary.{name}.{error}") from error
-
-
-def build_on_meta(node: DictConfig, path: str) -> Any:
-    """The object without memory for its weights, for its shapes.
-
-    Where a constructor needs real numbers (`Tensor.item()`, pretrained weights) the whole object.
-    """
-    try:
-        with torch.device("meta"):
-            return build(node, path)
-    except UserError as error:
-        if isinstance(error.__cause__, InstantiationException):
-            return build(node, path)
-        raise

@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
@@ -105,6 +105,13 @@ def _store(cluster: "ClusterEnvironment") -> "TCPStore":
     return _stores[0]
 
 
+def _search_path(hydra: Any) -> list[str]:
+    """The arguments that put the user's own config folders on the search path."""
+    sources = hydra.runtime.get("config_sources") or ()
+    folders = [f"--config-dir={source.path}" for source in sources if source.provider == "command-line"]
+    return folders + [text for text in hydra.overrides.get("hydra") or () if text.startswith("hydra.searchpath=")]
+
+
 @contextmanager
 def job_processes() -> Iterator[None]:
     """A job, whose further processes get its folder and, in a sweep, its overrides alone; they end with it.
@@ -117,7 +124,7 @@ def job_processes() -> Iterator[None]:
     with read_write(cast(DictConfig, hydra)):
         hydra.run.dir = hydra.runtime.output_dir
     if hydra.mode == RunMode.MULTIRUN:
-        sys.argv = [argv[0], *hydra.overrides.task]
+        sys.argv = [argv[0], *_search_path(hydra), *hydra.overrides.task]
     try:
         yield
     finally:

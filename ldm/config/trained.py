@@ -11,9 +11,8 @@ import torch
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch import Tensor, nn
 
-from ldm.config.check import build, check, locate
+from ldm.config.check import build, build_on_meta, check, locate
 from ldm.config.devices import pick_device
-from ldm.config.infer import build_on_meta
 from ldm.diffusion.schedule import Schedule
 from ldm.errors import UserError, listed
 from ldm.first_stage.autoencoder import FirstStage

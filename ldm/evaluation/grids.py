@@ -82,23 +82,17 @@ def wrap(text: str, font: Font, width: float, most: int = 6) -> list[str]:
         if lines and font.getlength(f"{lines[-1]} {word}") <= width:
             lines[-1] = f"{lines[-1]} {word}"
         else:
-            lines += _broken(word, font, width)
+            lines.append("")
+            for letter in word:
+                if lines[-1] and font.getlength(lines[-1] + letter) > width:
+                    lines.append("")
+                lines[-1] += letter
     if len(lines) > most:
         last = lines[most - 1]
         while last and font.getlength(f"{last}...") > width:
             last = last[:-1]
         lines = [*lines[: most - 1], f"{last.rstrip()}..."]
     return lines
-
-
-def _broken(word: str, font: Font, width: float) -> list[str]:
-    """A word in pieces that are at most `width` pixels wide, of one letter at least."""
-    pieces = [""]
-    for letter in word:
-        if pieces[-1] and font.getlength(pieces[-1] + letter) > width:
-            pieces.append("")
-        pieces[-1] += letter
-    return pieces
 
 
 def tile(image: Tensor) -> Image.Image:

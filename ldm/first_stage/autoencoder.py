@@ -78,11 +78,6 @@ class FirstStage(nn.Module):
         """The decoder's last weight, where the adversarial weight is measured."""
         return self.decoder.conv_out.weight
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """The floating point type of the weights."""
-        return self.last_layer.dtype
-
     def forward(self, images: Tensor, noise: Tensor | None = None) -> Reconstruction:
         """The training path: images through all parts; noise [B, C, h, w] samples a KL posterior."""
         regularized: RegularizerOutput = self.regularizer(self._features(images), noise)
@@ -94,17 +89,18 @@ class FirstStage(nn.Module):
         Without noise [B, C, h, w] a KL posterior gives its mean. Gradients and autocast are the caller's.
         """
         z = self.regularizer.sample(self._features(images), noise)
-        return (z - self._wide(self.latent_mean)) / self._wide(self.latent_std)
+        return (z - self.latent_mean[:, None, None]) / self.latent_std[:, None, None]
 
     def moments(self, images: Tensor) -> Tensor:
         """Mean and std [B, 2, C, h, w] of `encode`'s normalised latents: mean + std * noise."""
         mean, std = self.regularizer.posterior(self._features(images))
-        scale = self._wide(self.latent_std)
-        return torch.stack([(mean - self._wide(self.latent_mean)) / scale, std / scale], dim=1)
+        scale = self.latent_std[:, None, None]
+        return torch.stack([(mean - self.latent_mean[:, None, None]) / scale, std / scale], dim=1)
 
     def decode(self, z: Tensor) -> Tensor:
         """Images [B, 3, H, W], in about [-1, 1] and not clamped, of normalised latents [B, C, h, w]."""
-        z = z * self._wide(self.latent_std) + self._wide(self.latent_mean)  # in float32 at least, as the statistics
+        # in float32 at least, as the statistics
+        z = z * self.latent_std[:, None, None] + self.latent_mean[:, None, None]
         return self._images(self.regularizer.quantize(z))
 
     def check_size(self, height: int, width: int) -> None:
@@ -138,17 +134,13 @@ class FirstStage(nn.Module):
     def _features(self, images: Tensor) -> Tensor:
         """The regularizer's input [B, in_factor * C, h, w]."""
         self.check_size(images.shape[-2], images.shape[-1])
-        features: Tensor = self.quant_conv(self.encoder(images.to(self.dtype)))
+        features: Tensor = self.quant_conv(self.encoder(images.to(self.last_layer.dtype)))
         return features
 
     def _images(self, z: Tensor) -> Tensor:
         """The decoder's images [B, 3, H, W] of raw latents [B, C, h, w]."""
-        images: Tensor = self.decoder(self.post_quant_conv(z.to(self.dtype)))
+        images: Tensor = self.decoder(self.post_quant_conv(z.to(self.last_layer.dtype)))
         return images
-
-    @staticmethod
-    def _wide(statistic: Tensor) -> Tensor:
-        return statistic[None, :, None, None]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Moves and casts as any module, but keeps the statistics in float32."""

@@ -11,10 +11,6 @@ from ldm.networks.blocks import Downsample, ResBlock, Upsample, group_norm, per_
 EPS = 1e-6  # of the group norms; the UNet's residual blocks have 1e-5
 
 
-def _res(ins: int, outs: int, dropout: float, groups: int) -> ResBlock:
-    return ResBlock(ins, outs, dropout=dropout, groups=groups, eps=EPS)
-
-
 class Level(nn.Sequential):
     """Residual blocks at one resolution, each followed by attention where asked, then the resampling."""
 
@@ -31,7 +27,7 @@ class Level(nn.Sequential):
         super().__init__()
         for i in range(num_res_blocks):
             ins = out_channels if i else in_channels
-            self.add_module(f"res_{i}", _res(ins, out_channels, dropout, groups))
+            self.add_module(f"res_{i}", ResBlock(ins, out_channels, dropout=dropout, groups=groups, eps=EPS))
             if attention:
                 self.add_module(f"attention_{i}", PixelAttention(out_channels, groups))
         if resample is not None:
@@ -43,10 +39,10 @@ class Middle(nn.Sequential):
 
     def __init__(self, channels: int, attention: bool, dropout: float, groups: int) -> None:
         super().__init__()
-        self.add_module("res_0", _res(channels, channels, dropout, groups))
+        self.add_module("res_0", ResBlock(channels, channels, dropout=dropout, groups=groups, eps=EPS))
         if attention:
             self.add_module("attention_0", PixelAttention(channels, groups))
-        self.add_module("res_1", _res(channels, channels, dropout, groups))
+        self.add_module("res_1", ResBlock(channels, channels, dropout=dropout, groups=groups, eps=EPS))
 
 
 class Encoder(nn.Module):

@@ -1,7 +1,7 @@
 """The UNet of latent diffusion: the LDM family and Stable Diffusion 1, 2 and XL by constructor arguments."""
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,6 @@ from ldm.networks.attention import PixelAttention, SpatialTransformer, head_coun
 from ldm.networks.blocks import (
     Downsample,
     ResBlock,
-    Resize,
     Upsample,
     double,
     group_norm,
@@ -86,82 +85,6 @@ class UpLevel(nn.Module):
         return h if self.upsample is None else self.upsample(h, emb, skips[-1].shape[-2:])
 
 
-class _Level(NamedTuple):
-    """One resolution: its width, its residual blocks on the way down, and the depth of their transformers.
-
-    0: plain attention instead of transformers; None: neither.
-    """
-
-    width: int
-    blocks: int
-    depth: int | None
-
-
-class _Parts(NamedTuple):
-    """The parts of a UNet: its residual blocks, its attention by width and depth, and how it resamples."""
-
-    res: Callable[[int, int, Resize | None], ResBlock]
-    attention: Callable[[int, int], PixelTransformer]
-    resblock_updown: bool
-    checkpointing: bool
-
-    def down_path(self, levels: Sequence[_Level], channels: int) -> tuple[nn.ModuleList, list[int]]:
-        """The levels down from a feature map of `channels`, and the channels of all that the way up concatenates."""
-        skips, path = [channels], nn.ModuleList()
-        for i, level in enumerate(levels):
-            blocks = []
-            for _ in range(level.blocks):
-                blocks.append(self._block(channels, level.width, level.depth))
-                channels = level.width
-                skips.append(channels)
-            downsample = self._down(channels) if i < len(levels) - 1 else None
-            skips += [channels] if downsample else []
-            path.append(DownLevel(blocks, downsample))
-        return path, skips
-
-    def middle(self, channels: int, depth: int) -> nn.ModuleList:
-        """Two blocks at the lowest resolution, the first with attention."""
-        return nn.ModuleList([self._block(channels, channels, depth), self._block(channels, channels, None)])
-
-    def up_path(self, levels: Sequence[_Level], skips: Sequence[int]) -> nn.ModuleList:
-        """The levels up, coarsest first, which concatenate feature maps of `skips` channels, the last one first."""
-        channels, rest, path = levels[-1].width, list(skips), nn.ModuleList()
-        for i, level in reversed(list(enumerate(levels))):
-            blocks = []
-            for _ in range(level.blocks + 1):
-                blocks.append(self._block(channels + rest.pop(), level.width, level.depth))
-                channels = level.width
-            path.append(UpLevel(blocks, self._up(channels) if i else None))
-        return path
-
-    def _block(self, ins: int, outs: int, depth: int | None) -> Block:
-        attention = None if depth is None else self.attention(outs, depth)
-        return Block(self.res(ins, outs, None), attention, self.checkpointing)
-
-    def _down(self, channels: int) -> Downsample | ResBlock:
-        return self.res(channels, channels, halve) if self.resblock_updown else Downsample(channels)
-
-    def _up(self, channels: int) -> Upsample | ResBlock:
-        return self.res(channels, channels, double) if self.resblock_updown else Upsample(channels)
-
-
-def _levels(
-    widths: Sequence[int], res_blocks: int | Sequence[int], depths: Sequence[int], attended: Sequence[bool]
-) -> list[_Level]:
-    blocks = per_level(res_blocks, len(widths), "num_res_blocks")
-    attends = per_level(attended, len(widths), "attention_levels")
-    return [_Level(widths[i], blocks[i], depth if attends[i] else None) for i, depth in enumerate(depths)]
-
-
-def _attention(
-    channels: int, heads: int, depth: int, context_dim: int | None, use_linear_projection: bool, groups: int
-) -> PixelTransformer:
-    """A transformer of `depth` blocks; plain attention where it is 0."""
-    if depth:
-        return SpatialTransformer(channels, heads, depth, context_dim, use_linear_projection, groups)
-    return PixelAttention(channels, groups, heads, eps=1e-5)
-
-
 class UNet(nn.Module):
     """The prediction [B, out_channels, h, w] for noisy latents, their time and a condition.
 
@@ -217,27 +140,50 @@ class UNet(nn.Module):
         super().__init__()
         self.in_channels, self.out_channels, self.model_channels = in_channels, out_channels, model_channels
         self.context_dim, self.vector_dim = context_dim, vector_dim
-        emb_channels = 4 * model_channels
-        parts = _Parts(
-            lambda ins, outs, resize: ResBlock(
-                ins, outs, emb_channels, use_scale_shift_norm, dropout, groups, resize=resize
-            ),
-            lambda outs, depth: _attention(
-                outs, head_count(outs, num_heads, head_channels), depth, context_dim, use_linear_projection, groups
-            ),
-            resblock_updown,
-            gradient_checkpointing,
-        )
         widths = [model_channels * mult for mult in channel_mult]
         depths = per_level(transformer_depth, len(widths), "transformer_depth")
-        levels = _levels(widths, num_res_blocks, depths, attention_levels)
+        counts = per_level(num_res_blocks, len(widths), "num_res_blocks")
+        attends = per_level(attention_levels, len(widths), "attention_levels")
+        emb_channels = 4 * model_channels
+        res = partial(ResBlock, emb_channels=emb_channels, use_scale_shift_norm=use_scale_shift_norm,
+                      dropout=dropout, groups=groups)  # fmt: skip
+
+        def block(ins: int, outs: int, attend: bool, depth: int) -> Block:
+            attention: PixelTransformer | None = None
+            if attend:
+                heads = head_count(outs, num_heads, head_channels)
+                attention = (
+                    SpatialTransformer(outs, heads, depth, context_dim, use_linear_projection, groups)
+                    if depth
+                    else PixelAttention(outs, groups, heads, eps=1e-5)
+                )
+            return Block(res(ins, outs), attention, gradient_checkpointing)
+
         self.time_embed = _mlp(model_channels, emb_channels)
         self.vector_embed = None if vector_dim is None else _mlp(vector_dim, emb_channels)
         self.conv_in = nn.Conv2d(in_channels, model_channels, 3, padding=1)
-        self.down, skips = parts.down_path(levels, model_channels)
+        self.down, width, skips = nn.ModuleList(), model_channels, [model_channels]
+        for outs, count, attend, depth in zip(widths, counts, attends, depths, strict=True):
+            blocks = [block(outs if i else width, outs, attend, depth) for i in range(count)]
+            width = outs if count else width
+            skips += [width] * count
+            downsample: Downsample | ResBlock | None = None
+            if len(self.down) < len(widths) - 1:
+                downsample = res(width, width, resize=halve) if resblock_updown else Downsample(width)
+                skips.append(width)
+            self.down.append(DownLevel(blocks, downsample))
         self.skip_channels = tuple(skips)
-        self.middle = parts.middle(widths[-1], depths[-1])
-        self.up = parts.up_path(levels, skips)
+        self.middle = nn.ModuleList([block(width, width, True, depths[-1]), block(width, width, False, 0)])
+        self.up = nn.ModuleList()
+        for i in reversed(range(len(widths))):
+            blocks = []
+            for _ in range(counts[i] + 1):
+                blocks.append(block(width + skips.pop(), widths[i], attends[i], depths[i]))
+                width = widths[i]
+            upsample: Upsample | ResBlock | None = None
+            if i:
+                upsample = res(width, width, resize=double) if resblock_updown else Upsample(width)
+            self.up.append(UpLevel(blocks, upsample))
         self.norm_out = group_norm(widths[0], groups)
         self.conv_out = nn.Conv2d(widths[0], out_channels, 3, padding=1)
         zero_(self.conv_out)  # the prediction starts at zero
@@ -273,7 +219,7 @@ class UNet(nn.Module):
         if control is not None:
             skips = [skip + more for skip, more in zip(skips, control[:-1], strict=True)]
             h = h + control[-1]
-        attend = _attended(mask)
+        attend = None if mask is None else mask[:, None, None, :]
         for level in self.up:
             h = level(h, skips, emb, tokens, attend)
         out: Tensor = self.conv_out(F.silu(self.norm_out(h)))
@@ -300,8 +246,9 @@ class UNet(nn.Module):
         """
         self._check(z, tokens, vector, concat)
         h = z if concat is None else torch.cat([z, concat], dim=1)
-        emb = self._embedding(t, vector, h.dtype)
-        attend = _attended(mask)
+        emb = self.time_embed(sinusoidal_embedding(t, self.model_channels).to(h.dtype))
+        emb = F.silu(emb if self.vector_embed is None else emb + self.vector_embed(vector))
+        attend = None if mask is None else mask[:, None, None, :]  # as attention takes it
         h = self.conv_in(h)
         skips = [h if hint is None else h + hint]
         for level in self.down:
@@ -310,13 +257,6 @@ class UNet(nn.Module):
         for block in self.middle:
             h = block(h, emb, tokens, attend)
         return skips, h, emb
-
-    def _embedding(self, t: Tensor, vector: Tensor | None, dtype: torch.dtype) -> Tensor:
-        """The embedding [B, 4 model_channels] of time and vector, its SiLU applied."""
-        emb: Tensor = self.time_embed(sinusoidal_embedding(t, self.model_channels).to(dtype))
-        if self.vector_embed is not None:
-            emb = emb + self.vector_embed(vector)
-        return F.silu(emb)
 
     def _check(self, z: Tensor, tokens: Tensor | None, vector: Tensor | None, concat: Tensor | None) -> None:
         """Raises UserError where the condition is not the one that the network was built for."""
@@ -335,11 +275,6 @@ class UNet(nn.Module):
             raise UserError(
                 f"a concat of {list(concat.shape[2:])} pixels with latents of {list(z.shape[2:])}: expected one size"
             )
-
-
-def _attended(mask: Tensor | None) -> Tensor | None:
-    """The mask [B, L] as attention takes it: [B, 1, 1, L]."""
-    return None if mask is None else mask[:, None, None, :]
 
 
 def _mlp(in_channels: int, out_channels: int) -> nn.Sequential:

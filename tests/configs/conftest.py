@@ -19,7 +19,7 @@ from transformers import (
     T5EncoderModel,
 )
 
-from ldm.conditioning import captions_tokenizer, clip_text_from_config, pretrained
+from ldm.conditioning import captions_tokenizer, clip_text_from_config
 from tests.unigram import save_unigram
 
 CLIPS: dict[str, dict[str, Any]] = {
@@ -58,16 +58,18 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactor
     def tokenizer(name: str, **options: Any) -> Any:
         return AutoTokenizer.from_pretrained(folder / ("t5" if name == T5 else "clip"))
 
-    def replace(name: str, method: str, fake: Any, real: Any) -> None:
+    def replace(real: Any, method: str, fake: Any) -> None:
+        original = getattr(real, method)
+
         def chosen(source: str, *arguments: Any, **options: Any) -> Any:
             if source in configs and not Path(source).exists():
                 return fake(source, *arguments, **options)
-            return getattr(real, method)(source, *arguments, **options)
+            return original(source, *arguments, **options)
 
-        monkeypatch.setattr(pretrained, name, SimpleNamespace(**{method: chosen}))
+        monkeypatch.setattr(real, method, staticmethod(chosen))
 
-    replace("AutoConfig", "from_pretrained", lambda name, **options: deepcopy(configs[name]), AutoConfig)
-    replace("AutoModelForTextEncoding", "from_pretrained", encoder, AutoModelForTextEncoding)
-    replace("CLIPTextModelWithProjection", "from_pretrained", projected, CLIPTextModelWithProjection)
-    replace("CLIPTextConfig", "get_config_dict", config_dict, CLIPTextConfig)
-    replace("AutoTokenizer", "from_pretrained", tokenizer, AutoTokenizer)
+    replace(AutoConfig, "from_pretrained", lambda name, **options: deepcopy(configs[name]))
+    replace(AutoModelForTextEncoding, "from_pretrained", encoder)
+    replace(CLIPTextModelWithProjection, "from_pretrained", projected)
+    replace(CLIPTextConfig, "get_config_dict", config_dict)
+    replace(AutoTokenizer, "from_pretrained", tokenizer)

@@ -226,4 +226,4 @@ def test_a_prompt_over_the_models_length_is_cut_and_told(trained: Path, tmp_path
     prompt = "prompt=" + "large red circle " * 40
     done = run("sample.py", f"checkpoint={trained}", prompt, "steps=1", "n=1", f"out={tmp_path}")
     assert done.returncode == 0, done.stderr
-    assert "cut to" in done.stderr + done.stdout
+    assert "truncated to" in done.stderr + done.stdout

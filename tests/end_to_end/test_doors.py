@@ -1,4 +1,4 @@
-"""Each example of docs/extend.md and docs/extend_sampling.md, as a user runs it: from a folder outside the repository, with the installed wheel."""
+"""The examples of docs/extend.md and docs/extend_sampling.md as a user runs them, from an installed wheel."""
 
 import csv
 import json
@@ -113,6 +113,7 @@ def trained(installed: Path, folder: Path) -> Path:
     """The run of the documented experiment."""
     done = run("ldm-train", installed, folder, "experiment=mine_tiny", "hydra.run.dir=run")
     assert done.returncode == 0, done.stderr
+    assert f"ldm-sample --config-dir mine/configs checkpoint={folder / 'run'} " in done.stdout
     return folder / "run"
 
 
@@ -215,7 +216,8 @@ def test_the_task_trains_its_own_objective(trained: Path) -> None:
 
 def test_sampler_and_guidance_are_the_users(trained: Path, installed: Path, folder: Path) -> None:
     done = run("ldm-sample", installed, folder, "checkpoint=run", "prompt=a red circle", "sampler=multistep",
-               "guidance=rising", "sheet.x=guidance.power=2.0,0.5", "steps=2", "guidance_scale=5", "out=pictures")  # fmt: skip
+               "guidance=rising", "sheet.x=guidance.power=2.0,0.5", "steps=2", "guidance_scale=5",
+               "out=pictures")  # fmt: skip
     assert done.returncode == 0, done.stderr
     pictures = {}
     for path in sorted((folder / "pictures" / "cells").iterdir()):
@@ -237,3 +239,13 @@ def test_the_metric_is_the_users(trained: Path, installed: Path, folder: Path) -
         value = result["metrics"]["saturation"]
         assert 0 <= value["ci_low"] <= value["value"] <= value["ci_high"] <= 1
         assert result["protocol"]["metrics"]["saturation"] == "max - min of RGB, mean over pixels"
+
+
+@pytest.mark.slow
+def test_a_sweep_of_two_processes_a_job_finds_the_users_folder(installed: Path, folder: Path) -> None:
+    done = run("ldm-train", installed, folder, "-m", "experiment=mine_tiny", "stages=[first_stage,base]",
+               "optimizer.lr=1e-3,2e-3", "trainer.devices=2", "trainer.strategy=ddp", "hydra.sweep.dir=sweep")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    models = sorted(str(path.parents[1].relative_to(folder)) for path in (folder / "sweep").rglob("model.json"))
+    jobs = [f"sweep/optimizer.lr={lr}" for lr in ("0.001", "0.002")]
+    assert models == [f"{job}/{stage}" for job in jobs for stage in ("base", "first_stage")]

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from ldm.data.shards.shards import write_shard
+from ldm.data.shards.write import write_shard
 from ldm.errors import UserError
 from ldm.evaluation.evaluate import Evaluation, ReferenceSet
 from ldm.evaluation.frechet import FrechetDistance, Statistics, frechet_distance
