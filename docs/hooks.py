@@ -43,7 +43,9 @@ def on_files(files: Files, config: Any) -> Files:
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """Links between files of the repository become links between pages of the site."""
-    here = next((source for source, target in PAGES.items() if target == page.file.src_uri), f"docs/{page.file.src_uri}")
+    here = next(
+        (source for source, target in PAGES.items() if target == page.file.src_uri), f"docs/{page.file.src_uri}"
+    )
     return LINK.sub(lambda match: f"{match[1]}{site_link(here, page.file.src_uri, match[2])}{match[3]}", markdown)
 
 
@@ -59,6 +61,8 @@ def api_page(title: str, packages: list[str]) -> str:
     lines = [f"# {', '.join(f'ldm.{name}' for name in packages)}", ""]
     for name in packages:
         path = ROOT / "ldm" / name.replace(".", "/")
-        modules = sorted(file.stem for file in path.glob("*.py") if not file.stem.startswith("_")) if path.is_dir() else []
+        modules = (
+            sorted(file.stem for file in path.glob("*.py") if not file.stem.startswith("_")) if path.is_dir() else []
+        )
         lines += [f"::: ldm.{name}.{module}\n" for module in modules] or [f"::: ldm.{name}\n"]
     return "\n".join(lines)

@@ -111,13 +111,15 @@ def quoted(text: str) -> str:
 def with_texts(overrides: Sequence[str], knobs: Sequence[str]) -> list[str]:
     """The overrides, with the values of these knobs taken literally, not as Hydra's grammar.
 
-    A knob may end in `*` (`data.*.where`). Quoted values, empty ones and `null` keep their meaning.
+    A knob may end in `*` (`data.*.where`). Quoted values, empty ones and `null` keep their meaning. A brace pattern
+    outside of a list (`data/{00000..00127}.tar`), which Hydra's grammar cannot read, is taken literally for every knob.
     """
+    braces = re.compile(r"[^\[{'\"]*\{\w+\.\.\w+\}")
     patterns = [re.compile(re.escape(knob).replace(r"\*", r"[\w.]+")) for knob in knobs]
     result = []
     for override in overrides:
         name, _, value = override.partition("=")
-        text = any(pattern.fullmatch(name) for pattern in patterns)
+        text = any(pattern.fullmatch(name) for pattern in patterns) or bool(braces.match(value))
         plain = text and value not in ("", "null") and not re.fullmatch(QUOTED, value)
         result.append(f"{name}={quoted(value)}" if plain else override)
     return result
