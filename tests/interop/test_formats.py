@@ -10,8 +10,8 @@ import yaml
 from omegaconf import OmegaConf
 
 from ldm.checkpoint import load_tensors, save_tensors
-from ldm.config.trained import load_trained
 from ldm.config.check import build
+from ldm.config.trained import load_trained
 from ldm.diffusion.schedule import Discrete, Linear, RectifiedFlow, ScaledLinear, ZeroTerminalSNR
 from ldm.errors import UserError
 from ldm.interop import nodes
