@@ -72,7 +72,10 @@ def test_a_sweep_starts_on_the_command_line_alone(tmp_path: Path) -> None:
     command = ["train.py", "--config-dir", str(tmp_path), "experiment=sweep"]
     done = run(*command)
     assert done.returncode == 1 and done.stderr.startswith("error: hydra.mode=MULTIRUN: ")
-    for sweep in (["-m"], ["hydra.mode=MULTIRUN"]):  # each job starts, and is refused for its own knob
-        done = run(*command, "seed=1,2", "stages=[nosuch]", f"hydra.sweep.dir={tmp_path / sweep[0]}", *sweep)
+    for folder, sweep in (
+        (tmp_path / "a", "-m"),
+        (tmp_path / "b", "hydra.mode=MULTIRUN"),
+    ):  # each job starts, and is refused for its own knob
+        done = run(*command, "seed=1,2", "stages=[nosuch]", f"hydra.sweep.dir={folder}", sweep)
         assert done.returncode == 1 and "nosuch" in done.stderr
-        assert [path.name for path in (tmp_path / sweep[0]).iterdir() if path.is_dir()]
+        assert [path.name for path in folder.iterdir() if path.is_dir()]
