@@ -179,7 +179,8 @@ def _load(
         raise UserError(_explain(loader, parsed, error)) from error
     if config_name is None:
         return cfg
-    if run_mode is RunMode.RUN and from_shell and cfg.hydra.mode is RunMode.MULTIRUN:
+    mode_given = any(o.key_or_group == "hydra.mode" for o in parsed)  # also by -m, in each job of a sweep
+    if run_mode is RunMode.RUN and from_shell and cfg.hydra.mode is RunMode.MULTIRUN and not mode_given:
         raise UserError("hydra.mode=MULTIRUN: a configuration cannot start a sweep; give -m on the command line")
     rest = [o for o in parsed if o.key_or_group in values and not o.is_sweep_override()]
     _apply(rest, cfg)

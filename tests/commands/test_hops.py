@@ -64,3 +64,18 @@ def test_a_misspelled_knob_is_answered_before_torch_is_loaded(script: str, missp
     assert done.returncode == 1
     assert done.stderr.startswith(f"error: {misspelled.partition('=')[0]}: ") and nearest in done.stderr
     assert "hydra" in done.stdout.split() and not LIBRARIES & set(done.stdout.split())
+
+
+def test_a_sweep_starts_on_the_command_line_alone(tmp_path: Path) -> None:
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment/sweep.yaml").write_text("# @package _global_\nname: sweep\nhydra: {mode: MULTIRUN}\n")
+    command = ["train.py", "--config-dir", str(tmp_path), "experiment=sweep"]
+    done = run(*command)
+    assert done.returncode == 1 and done.stderr.startswith("error: hydra.mode=MULTIRUN: ")
+    for folder, sweep in (
+        (tmp_path / "a", "-m"),
+        (tmp_path / "b", "hydra.mode=MULTIRUN"),
+    ):  # each job starts, and is refused for its own knob
+        done = run(*command, "seed=1,2", "stages=[nosuch]", f"hydra.sweep.dir={folder}", sweep)
+        assert done.returncode == 1 and "nosuch" in done.stderr
+        assert [path.name for path in folder.iterdir() if path.is_dir()]
