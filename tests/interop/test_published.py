@@ -7,7 +7,8 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from ldm.conditioning.image import MaskedImage
-from ldm.config.compose import CONFIGS, register_resolvers
+from ldm.config.compose import CONFIGS
+from ldm.config.run_folder import register_resolvers
 from ldm.diffusion.prediction import Epsilon, V
 from ldm.interop import diffusers_config, nodes, recognise
 from ldm.interop.names import first_stage_as_compvis, first_stage_to_compvis, first_stage_to_diffusers
