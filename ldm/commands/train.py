@@ -9,8 +9,11 @@ from typing import Any
 
 from ldm.config.command import Invocation, command
 
+TEXTS = ("data.*where", "curriculum.*where")
+"""Knobs whose values are taken literally: filters of the data."""
 
-@command("train", ("data.*where", "mixed_with.*where"))
+
+@command("train", TEXTS)
 def main(cfg: Any, invocation: Invocation) -> float | None:
     """Runs the curriculum of a composed configuration in Hydra's run folder; the objective, for a sweeper."""
     # Imported here, so that a misspelled knob is answered before Lightning is loaded.

@@ -20,7 +20,7 @@ from hydra._internal.hydra import Hydra
 from hydra.core.default_element import ConfigDefault
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import ChoiceSweep, Glob, Override, QuotedString
 from hydra.errors import HydraException, OverrideParseException
 from hydra.plugins.config_source import ConfigResult
 from hydra.types import RunMode
@@ -39,6 +39,8 @@ OPEN = ("callbacks", "logger", "loss.auxiliary", "evaluation.sets", "data.mixed_
 """Mappings whose keys are the user's: names of callbacks, loggers, losses, sets, sources, metrics."""
 DEFERRED = ("task", "sampler", "grid", "guidance")
 """Groups that may be null in a command: the curriculum or the trained model then says what they are."""
+OVER_ALL = ("experiment", "variant")
+"""Groups whose options change the whole configuration; they have no knobs of their own."""
 QUOTED = r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\""
 
 
@@ -175,7 +177,9 @@ def _load(
         loader.repository = cast(ConfigRepository, repository.delegate)  # with hydra.searchpath
         files = loader.compute_defaults_list(config_name, groups, run_mode).defaults
         cfg = _load_configuration(loader, config_name, groups, run_mode, from_shell, validate_sweep_overrides)
-    except (HydraException, OmegaConfBaseException) as error:
+    except UserError:
+        raise
+    except (HydraException, OmegaConfBaseException, ValueError) as error:  # ValueError: an option that is no text
         raise UserError(_explain(loader, parsed, error)) from error
     if config_name is None:
         return cfg
@@ -188,8 +192,8 @@ def _load(
     if run_mode is RunMode.MULTIRUN:
         _name_jobs_by_sweep(cfg, parsed)
         for override in parsed:
-            if override.is_sweep_override() and not loader.repository.group_exists(override.key_or_group):
-                _require_knob(cfg, override)
+            if override.is_sweep_override():
+                _require_swept(cfg, loader, override)
     _require_distinct_names(loader, [str(file.config_path) for file in files if file.config_path])
     _drop_replaced_knobs(cfg, loader)
     _require_no_idle_root_key(cfg, config_name)
@@ -253,6 +257,19 @@ def _require_knob(cfg: DictConfig, override: Override) -> None:
     raise UserError(f"{name}: there is no such knob; {_nearest_knob(name, known)}")
 
 
+def _require_swept(cfg: DictConfig, loader: ConfigLoaderImpl, override: Override) -> None:
+    """UserError for a sweep over a knob or options that do not exist, before the first job runs."""
+    group, value = override.key_or_group, override.value()
+    if not loader.repository.group_exists(group):
+        _require_knob(cfg, override)
+        return
+    if isinstance(value, Glob) and not value.filter(loader.get_group_options(group)):
+        raise UserError(f"{override.input_line}: no {group} fits; {nearest('', loader.get_group_options(group))}")
+    unknown = _unknown_option(loader, group, value.list if isinstance(value, ChoiceSweep) else [])
+    if unknown:
+        raise UserError(unknown)
+
+
 def _may_be_added(cfg: DictConfig, known: set[str], name: str) -> bool:
     """Whether a name that the YAML does not list has an effect all the same."""
     room, _, rest = name.partition(".")
@@ -278,12 +295,12 @@ def is_open(name: str) -> bool:
 
 def _require_no_idle_root_key(cfg: DictConfig, config_name: str) -> None:
     """UserError for a key at the top of a configuration that neither the command nor an interpolation reads."""
-    shipped = set(map(str, OmegaConf.load(CONFIGS / f"{config_name}.yaml")))
-    groups = {path.name for path in CONFIGS.iterdir() if path.is_dir()}
+    shipped = OmegaConf.load(CONFIGS / f"{config_name}.yaml")
+    groups = {str(group) for entry in shipped.defaults if OmegaConf.is_dict(entry) for group in entry}
+    known = {str(key) for key in shipped if key != "defaults"} | groups - set(OVER_ALL)
     for name in map(str, cfg):
-        if name not in shipped and name not in groups and name != "hydra" and name not in interpolated(cfg):
-            known = shipped - {"defaults", "hydra"} | groups
-            raise UserError(f"{name}: nothing reads this key; {nearest(name, known)}")
+        if name not in known and name not in interpolated(cfg):
+            raise UserError(f"{name}: nothing reads this key; {nearest(name, known - {'hydra'})}")
 
 
 def _require_one_file(loader: ConfigLoaderImpl, path: str) -> None:
@@ -368,26 +385,32 @@ def _explain(loader: ConfigLoaderImpl, overrides: Sequence[Override], error: Exc
             continue
         if override.package is not None and not override.is_add():
             return f"{override.input_line}: nothing is selected there; give {group}={override.value()}"
-        value: Any = override.value()
-        choices = value if isinstance(value, list) else [value]
-        known = loader.get_group_options(group)
-        for choice in choices:
-            if choice is not None and str(choice) not in known and not repository.config_exists(f"{group}/{choice}"):
-                folders = [source.path for source in repository.get_sources() if source.provider != "hydra"]
-                where = ", ".join(folder for folder in folders if folder)
-                return f"{group}={choice}: there is no such {group}; {nearest(str(choice), known)} (looked in {where})"
+        unknown = _unknown_option(loader, group, [override.value()])
+        if unknown:
+            return unknown
     return _first_line(error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error)
 
 
+def _unknown_option(loader: ConfigLoaderImpl, group: str, values: Sequence[Any]) -> str | None:
+    """What is wrong with the first option that a group does not have; a value may be a list of options."""
+    repository, known = loader.repository, loader.get_group_options(group)
+    for choice in [entry for value in values for entry in (value if isinstance(value, list) else [value])]:
+        name = choice.text if isinstance(choice, QuotedString) else str(choice)
+        if choice is not None and name not in known and not repository.config_exists(f"{group}/{name}"):
+            folders = [source.path for source in repository.get_sources() if source.provider != "hydra"]
+            where = ", ".join(folder for folder in folders if folder)
+            return f"{group}={name}: there is no such {group}; {nearest(name, known)} (looked in {where})"
+    return None
+
+
 def _nearest_knob(name: str, known: set[str]) -> str:
-    """The nearest names: those that end alike first (`callbacks.ema.decay` for `ema.decay`), else any."""
-    top = {knob for knob in known if "." not in knob}
-    last = name.split(".")[-1]
+    """The nearest names: those that end alike (`callbacks.ema.decay` for `ema.decay`), else in its group, else any."""
+    room, last = name.split(".")[0], name.split(".")[-1]
     ends_alike = [knob for knob in known if f".{knob}".endswith(f".{name}")]
     same_last = [knob for knob in known if knob.split(".")[-1] == last]
-    if ends_alike or same_last:
-        return nearest(name, ends_alike or same_last, always=True)
-    return nearest(name, known if "." in name else top)
+    inside = [knob for knob in known if knob.startswith(f"{room}.")] if room != name else []
+    near = ends_alike or same_last or inside
+    return nearest(name, near, always=True) if near else nearest(room, {knob for knob in known if "." not in knob})
 
 
 def _first_line(error: BaseException) -> str:
