@@ -158,7 +158,7 @@ def load_torch(path: PathLike, map_location: torch.device | str = "cpu") -> Any:
     if not head.startswith((b"PK", b"\x80")):  # a zip archive, or torch's older format, a pickle
         raise UserError(
             f"{path} is no torch checkpoint, it begins with {head[:24]!r}: an empty or cut file, a web page "
-            "or a git-lfs pointer in the place of the weights? Download or copy it again"
+            "or a git-lfs pointer instead of the weights? Download or copy it again"
         )
     try:
         return torch.load(path, map_location=map_location, weights_only=True)

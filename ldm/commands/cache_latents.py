@@ -1,4 +1,4 @@
-"""Latents made beforehand: of the sources of a training stage, by the first stage that it trains on.
+"""Cached latents: of the sources of a training stage, computed by the first stage that it trains on.
 
 `python -m ldm.data.cache OVERRIDES` takes the overrides of the training launch, so that what it makes is what the
 launch will look for; several devices share the work. The launch itself makes what is missing.
@@ -174,38 +174,38 @@ def _command(arguments: list[str]) -> None:
         _share(overrides, devices[0], 0, 1)
         return
     context = multiprocessing.get_context("spawn")
-    told: Any = context.Queue()
+    reports: Any = context.Queue()
     workers = [
-        context.Process(target=_process, args=(overrides, device, rank, len(devices), told), daemon=False)
+        context.Process(target=_process, args=(overrides, device, rank, len(devices), reports), daemon=False)
         for rank, device in enumerate(devices)
     ]
     for worker in workers:
         worker.start()
     try:
-        _await(workers, told)
+        _await(workers, reports)
     finally:
         for worker in workers:
             worker.terminate()
             worker.join()
 
 
-def _await(workers: Sequence[Any], told: Any) -> None:
+def _await(workers: Sequence[Any], reports: Any) -> None:
     """Until all have finished; UserError with what one of them ran into."""
     for worker in workers:
         while worker.is_alive():
             worker.join(0.5)
             failed = [other for other in workers if other.exitcode not in (None, 0)]
             if failed:
-                why = told.get(timeout=5.0) if failed[0].exitcode == 1 else f"exit status {failed[0].exitcode}"
+                why = reports.get(timeout=5.0) if failed[0].exitcode == 1 else f"exit status {failed[0].exitcode}"
                 raise UserError(why)
 
 
-def _process(overrides: list[str], device: str, rank: int, world: int, told: Any) -> None:
+def _process(overrides: list[str], device: str, rank: int, world: int, reports: Any) -> None:
     torch.set_num_threads(max(1, torch.get_num_threads() // world))
     try:
         _share(overrides, device, rank, world)
     except Exception as error:
-        told.put(str(error) if isinstance(error, UserError) else traceback.format_exc())
+        reports.put(str(error) if isinstance(error, UserError) else traceback.format_exc())
         raise SystemExit(1) from None
 
 

@@ -97,7 +97,7 @@ class Pair:
     other_shape: str
 
     def mirrored(self) -> "Pair":
-        """The same picture, told from the other object: "an orange square above a yellow circle"."""
+        """The same picture, described from the other object: "an orange square above a yellow circle"."""
         return Pair(self.other_colour, self.other_shape, OPPOSITE[self.relation], self.colour, self.shape)
 
 

@@ -22,7 +22,7 @@ class Bfloat16Mixed(MixedPrecision):
 
 
 def let_clip(trainer: pl.Trainer) -> None:
-    """Puts `Bfloat16Mixed` in the place of Lightning's own where a trainer has that; float16 stays as it is."""
+    """Puts `Bfloat16Mixed` in place of Lightning's own where a trainer has that; float16 stays as it is."""
     plugin = trainer.precision_plugin
     if type(plugin) is MixedPrecision and plugin.scaler is None:
         trainer.strategy.precision_plugin = Bfloat16Mixed(plugin.device)

@@ -13,7 +13,7 @@ log = logging.getLogger(__name__)
 
 
 class WeightsAndBiases(Logger):
-    """Lightning's WandbLogger behind a guard: its first error is told once, and it is not asked again.
+    """Lightning's WandbLogger behind a guard: its first error is reported once, and it is not asked again.
 
     wandb starts at the first logging and ends with the stage. A resumed stage goes on in the same wandb run,
     whose id is kept in `save_dir/wandb_run_id`. WANDB_MODE=offline keeps everything on this machine.
@@ -72,8 +72,8 @@ class WeightsAndBiases(Logger):
             request(self._logger)
         except Exception as error:  # of whatever kind: no network, no key, no package, a full disk
             self.failed = True
-            told = str(error).strip().split("\n")[0]
-            log.warning("wandb failed (%s: %s); training goes on without it", type(error).__name__, told)
+            reason = str(error).strip().split("\n")[0]
+            log.warning("wandb failed (%s: %s); training goes on without it", type(error).__name__, reason)
 
     def _start(self) -> WandbLogger:
         self.folder.mkdir(parents=True, exist_ok=True)
