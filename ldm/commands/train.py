@@ -34,12 +34,15 @@ def main(cfg: Any, invocation: Invocation) -> float | None:
 def _objective(stage: Path, column: str | None, folder: Path) -> float | None:
     """The last value of a column of the last stage, which goes into the folder for the sweep's table.
 
-    Without `objective` the table shows val/loss or val/psnr, whichever was logged, and a sweeper gets nothing.
+    Without `objective` the table shows the task's own (`TrainingModule.objective`), or train/loss where that was not
+    logged, and a sweeper gets nothing.
     """
+    from ldm.interop.model_folder import open_model_folder
     from ldm.training.metrics_file import METRICS, last_value, logged_columns
 
     logged = logged_columns(stage / METRICS)
-    shown = column or next((name for name in ("val/loss", "val/psnr", "train/loss") if name in logged), None)
+    own = open_model_folder(stage / "model").record.get("objective")
+    shown = column or next((name for name in (own, "train/loss") if name in logged), None)
     if shown is None:
         return None
     value = last_value(stage / METRICS, shown)

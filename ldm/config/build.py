@@ -186,10 +186,11 @@ def _trainer(config: DictConfig, module: TrainingModule, folder: Path) -> pl.Tra
     for key in keys:
         if keys.count(key) > 1:
             raise UserError(f"callbacks: two of them keep their state under {key!r}; leave one out, or set it apart")
+    make_trainer = build(config.trainer, "trainer")
     arguments: dict[str, Any] = {
         "callbacks": callbacks,
         "logger": loggers,
-        "plugins": [*(build(config.trainer, "trainer").keywords.get("plugins") or []), FolderCheckpointIO()],
+        "plugins": [*(make_trainer.keywords.get("plugins") or []), FolderCheckpointIO()],
         "strategy": _strategy(config.trainer, module),
         "default_root_dir": str(folder),
         "max_epochs": -1,
@@ -200,7 +201,7 @@ def _trainer(config: DictConfig, module: TrainingModule, folder: Path) -> pl.Tra
     if not module.automatic_optimization:  # such a module clips by itself; Lightning refuses to
         arguments["gradient_clip_val"] = None
     try:
-        trainer = cast(pl.Trainer, build(config.trainer, "trainer")(**arguments))
+        trainer = cast(pl.Trainer, make_trainer(**arguments))
     except (ValueError, TypeError, MisconfigurationException) as error:
         raise UserError(f"trainer: {str(error).strip()}") from error
     let_clip(trainer)

@@ -8,7 +8,7 @@ from ldm.errors import UserError
 
 ATTRIBUTES = {
     "in_channels": "channels of z and concat together",
-    "out_channels": "channels of the output, as many as z has",
+    "out_channels": "channels of the output, the same as those of z",
     "context_dim": "width of the tokens, None for a network without them",
     "vector_dim": "width of the vector, None for a network without it",
     "check_size": "check_size(height, width), which raises UserError for latents of a size that does not fit",
@@ -25,7 +25,7 @@ class DenoisingNetwork(Protocol):
     in_channels: int
     """Channels of z and `concat` together."""
     out_channels: int
-    """Channels of the prediction, as many as z has."""
+    """Channels of the prediction, the same as those of z."""
     context_dim: int | None
     """Width of the tokens; None: no tokens."""
     vector_dim: int | None

@@ -106,6 +106,7 @@ def _export(stage: Stage, job: Job) -> None:
             "kind": module.kind,
             "stage": stage.name,
             "step": trainer.global_step,
+            "objective": module.objective,
             "train_seconds": round(job.checkpoints.train_seconds if job.checkpoints else 0.0, 1),
             **facts,
         }
