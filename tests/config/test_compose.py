@@ -10,7 +10,8 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from ldm.config.check import check
-from ldm.config.compose import CONFIGS, compose, load_option, options, parse, register_resolvers, with_texts
+from ldm.config.compose import CONFIGS, compose, load_option, options, register_resolvers
+from ldm.config.overrides import parse, with_texts
 from ldm.config.stages import stage_config
 from ldm.errors import UserError
 
