@@ -136,7 +136,10 @@ def _load(
     try:
         _, repository = loader._parse_overrides_and_create_caching_repo(config_name, groups)
         loader.repository = cast(ConfigRepository, repository.delegate)  # with hydra.searchpath
-        groups = [_without(loader, text) for text in groups]
+        null = {
+            text for text in groups if text.endswith("=null") and repository.group_exists(text.removesuffix("=null"))
+        }
+        groups = [f"~{text.removesuffix('=null')}" if text in null else text for text in groups]  # as Hydra has it
         files = loader.compute_defaults_list(config_name, groups, run_mode).defaults
         cfg = _load_configuration(loader, config_name, groups, run_mode, from_shell, validate_sweep_overrides)
     except UserError:
@@ -160,12 +163,6 @@ def _load(
     _drop_replaced_knobs(cfg, loader)
     _require_no_idle_root_key(cfg, config_name)
     return cfg
-
-
-def _without(loader: ConfigLoaderImpl, text: str) -> str:
-    """An override; `GROUP=null`, which Hydra does not take, as its `~GROUP`."""
-    name, _, value = text.partition("=")
-    return f"~{name}" if value == "null" and loader.repository.group_exists(name) else text
 
 
 def _apply(overrides: list[Override], cfg: DictConfig) -> None:

@@ -90,6 +90,18 @@ def test_the_users_names_may_be_new(command: str, override: str) -> None:
     assert value(compose(command, [*(TINY if command == "train" else ["checkpoint=x", "out=y"]), override]), name)
 
 
+@pytest.mark.parametrize("group", ["logger", "variant", "task", "criterion"])
+def test_a_group_may_be_null(group: str) -> None:
+    assert compose("train", [*TINY, f"{group}=null"]).get(group) is None
+
+
+def test_null_leaves_out_what_an_experiment_chose(tmp_path: Path) -> None:
+    text = "# @package _global_\ndefaults: [quickstart, override /logger: csv, _self_]\n"
+    chosen = [configs(tmp_path, experiment__mine=text), "experiment=mine", "run_folder=nowhere"]
+    assert set(compose("train", chosen).logger) == {"csv"}
+    assert not compose("train", [*chosen, "logger=null"]).get("logger")
+
+
 def test_knobs_of_a_group_at_null_change_what_a_stage_brings() -> None:
     overrides = [*TINY, "task.seed=5"]
     cfg = compose("train", overrides)
