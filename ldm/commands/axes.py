@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import product
 
-from ldm.config.compose import parse
+from ldm.config.overrides import parse
 from ldm.errors import UserError
 
 NAMES = ("x", "y", "z")

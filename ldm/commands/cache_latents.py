@@ -81,6 +81,12 @@ class _Latents:
             raise UserError("latents: a stream's pictures are not found again; index the shards, or give latents=null")
         sources = datamodule.sources
         manifests = [source.manifest() for source in sources.values()]
+        drawn = [getattr(source, "random_crop", False) or getattr(source, "flip", False) for source in sources.values()]
+        if self.config.latent_variants > 1 and not any(drawn):
+            raise UserError(
+                f"latent_variants={self.config.latent_variants} would all be alike: give data.train.random_crop=true, "
+                "data.train.flip=true or both"
+            )
         sizes, chosen = datamodule.select(manifests)
         found = {
             name: self.of(source, manifest.fingerprint, sizes, selection, rank, world)

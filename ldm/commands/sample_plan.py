@@ -11,7 +11,8 @@ from ldm.commands.axes import COMMAND_KNOBS, NAMES, Axes, Cell, read_axes
 from ldm.commands.init_images import read_init_image
 from ldm.commands.prompts import Line, read_prompts
 from ldm.config.check import build
-from ldm.config.compose import compose, parse, quoted
+from ldm.config.compose import compose
+from ldm.config.overrides import parse, quoted
 from ldm.config.trained import (
     SAMPLING,
     ModelInputs,

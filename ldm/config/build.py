@@ -16,7 +16,7 @@ from pytorch_lightning.callbacks import Checkpoint
 from pytorch_lightning.loggers import Logger
 
 from ldm.checkpoint import RECORD as CHECKPOINT
-from ldm.config.check import build, check
+from ldm.config.check import build, check, check_type
 from ldm.config.devices import check_devices
 from ldm.config.infer import check_fit, fill_widths
 from ldm.config.sources import inherit_first_stage, load_weights
@@ -54,6 +54,24 @@ REFUSED = {  # arguments of the Trainer that have another place, or no meaning h
 }
 
 
+KNOBS: dict[str, Any] = {  # read by the launch itself, with their types
+    "name": str,
+    "seed": int,
+    "resume": str | None,
+    "objective": str | None,
+    "latents": str | None,
+    "latent_variants": int,
+    "latent_text": bool,
+    "compile": bool,
+    "stages": list[str],
+    "first_stage_from": str | None,
+    "init_from": str | None,
+    "init_parts": list[str] | None,
+    "tokenizer_path": str,
+    "evaluation.metrics": list[str],
+}
+
+
 def stages(
     cfg: DictConfig, overrides: list[str], run_folder: Path, cache_latents: CacheLatents | None = None
 ) -> tuple[list[Stage], dict[str, Path]]:
@@ -61,6 +79,7 @@ def stages(
 
     All stages are composed and checked before the first one starts.
     """
+    _check_launch(cfg, run_folder)
     resume = _resume_path(cfg, run_folder)
     built = []
     for name in cfg.stages:
@@ -75,9 +94,29 @@ def stages(
     return built, {name: path for name, path in every.items() if (path / "model.json").exists()}
 
 
+def _check_launch(cfg: DictConfig, run_folder: Path) -> None:
+    """Raises UserError for stages that are no list of different names, and for what the launch sets by itself."""
+    _check_knobs(cfg)
+    if not cfg.stages or len(set(cfg.stages)) < len(cfg.stages):
+        raise UserError(f"stages={list(cfg.stages)}: name one or more of {list(map(str, cfg.curriculum))}, each once")
+    for name in ("stage", "stage_folder"):
+        if cfg[name] is not None:
+            raise UserError(f"{name}={cfg[name]}: it is set for each stage; choose stages by stages=[...]")
+    if Path(cfg.run_folder).resolve() != run_folder.resolve():
+        raise UserError(f"run_folder={cfg.run_folder}: this run is in {run_folder}; give hydra.run.dir=FOLDER")
+
+
+def _check_knobs(config: DictConfig) -> None:
+    for name, hint in KNOBS.items():
+        check_type(OmegaConf.select(config, name), hint, name)
+
+
 def check_stage(config: DictConfig, stages: list[str]) -> None:
     """Raises UserError for what cannot be built, as far as that shows before the stage's turn."""
     config = deepcopy(config)
+    _check_knobs(config)
+    if config.latents is None and (config.latent_variants != 1 or config.latent_text):
+        raise UserError("latents=null: latent_variants and latent_text are of cached latents; give latents=auto")
     check_devices(config.trainer)
     try:
         fill_widths(config)
@@ -107,7 +146,7 @@ def _entries(config: DictConfig, group: str) -> dict[str, DictConfig]:
         if node is None:
             continue
         if not isinstance(node, DictConfig) or "_target_" not in node:
-            raise UserError(f"{group}.{name}={node}: expected a node with a _target_, or null for none")
+            raise UserError(f"{group}.{name}={node}: expected a node with a _target_, or {group}.{name}=null for none")
         found[str(name)] = node
     return found
 

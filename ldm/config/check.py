@@ -156,10 +156,14 @@ def _check_arguments(node: DictConfig, path: str, supplied: frozenset[str]) -> N
         raise UserError(f"{path}: {node['_target_']} needs {', '.join(sorted(missing))}; give {prefix}{missing[0]}=...")
     hints = _hints(target)
     for name in sorted(keys & hints.keys()):
-        value = node[name]
-        if not _fits(value, hints[name]):
-            shown = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
-            raise UserError(f"{_origin(node, name, prefix)}={shown!r}: expected {_words(hints[name])}")
+        check_type(node[name], hints[name], _origin(node, name, prefix))
+
+
+def check_type(value: Any, hint: Any, name: str) -> None:
+    """Raises UserError where the value of the knob `name` may not go to an argument with this annotation."""
+    if not _fits(value, hint):
+        shown = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
+        raise UserError(f"{name}={shown!r}: expected {_words(hint)}")
 
 
 def _origin(node: DictConfig, name: str, prefix: str) -> str:
@@ -209,7 +213,8 @@ def _fits(value: Any, hint: Any) -> bool:
     if kind in (dict, collections.abc.Mapping):
         return OmegaConf.is_dict(value) and (not arguments or all(_fits(v, arguments[1]) for v in value.values()))
     if inspect.isclass(kind) and isinstance(value, bool | int | float | str):
-        return kind in (object, Path, os.PathLike) or issubclass(kind, Enum) or isinstance(value, kind)
+        path = kind in (Path, os.PathLike) and isinstance(value, str)
+        return path or kind is object or issubclass(kind, Enum) or isinstance(value, kind)
     return True
 
 

@@ -13,8 +13,9 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ldm.config.compose import CONFIGS, with_texts
+from ldm.config.compose import CONFIGS
 from ldm.config.help import help_text
+from ldm.config.overrides import with_texts
 from ldm.config.processes import job_processes
 from ldm.config.run_folder import register_resolvers
 from ldm.errors import Interrupted, UserError

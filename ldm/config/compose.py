@@ -19,15 +19,15 @@ from hydra._internal.config_repository import ConfigRepository
 from hydra._internal.hydra import Hydra
 from hydra.core.default_element import ConfigDefault
 from hydra.core.global_hydra import GlobalHydra
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep, Glob, Override, QuotedString
-from hydra.errors import HydraException, OverrideParseException
+from hydra.errors import HydraException
 from hydra.plugins.config_source import ConfigResult
 from hydra.types import RunMode
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from ldm.config.check import takes
+from ldm.config.overrides import first_line, parse
 from ldm.config.run_folder import register_resolvers
 from ldm.errors import UserError, nearest
 
@@ -41,7 +41,6 @@ DEFERRED = ("task", "sampler", "grid", "guidance")
 """Groups that may be null in a command: the curriculum or the trained model then says what they are."""
 OVER_ALL = ("experiment", "variant")
 """Groups whose options change the whole configuration; they have no knobs of their own."""
-QUOTED = r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\""
 
 
 def compose(config_name: str, overrides: Sequence[str]) -> DictConfig:
@@ -87,44 +86,6 @@ def _initialized() -> Iterator[None]:
         return
     with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
         yield
-
-
-# --------------------------------------------------------------------------------------------------- overrides
-
-
-def parse(overrides: Sequence[str]) -> list[Override]:
-    """The overrides, parsed; UserError where one is not of the form name=value."""
-    for text in overrides:
-        if "=" not in text and not text.startswith("~"):
-            raise UserError(f"{text!r}: expected name=value, for example experiment=quickstart")
-    try:
-        return OverridesParser.create().parse_overrides(list(overrides))
-    except OverrideParseException as error:
-        raise UserError(f"an override can't be read: {_first_line(error)}") from error
-
-
-def quoted(text: str) -> str:
-    """A text as an override's value that is taken letter by letter, commas, brackets and `${` as well."""
-    text = re.sub(r"(\\*)\$\{", lambda match: f"{match[1] * 2}\\${{", text)
-    ends = re.sub(r"(\\*)('|$)", lambda match: match[1] * 2 + ("\\'" if match[2] else ""), text)
-    return f"'{ends}'"
-
-
-def with_texts(overrides: Sequence[str], knobs: Sequence[str]) -> list[str]:
-    """The overrides, with the values of these knobs taken literally, not as Hydra's grammar.
-
-    A knob may end in `*` (`data.*.where`). Quoted values, empty ones and `null` keep their meaning. A brace pattern
-    outside of a list (`data/{00000..00127}.tar`), which Hydra's grammar cannot read, is taken literally for every knob.
-    """
-    braces = re.compile(r"[^\[{'\"]*\{\w+\.\.\w+\}")
-    patterns = [re.compile(re.escape(knob).replace(r"\*", r"[\w.]+")) for knob in knobs]
-    result = []
-    for override in overrides:
-        name, _, value = override.partition("=")
-        text = any(pattern.fullmatch(name) for pattern in patterns) or bool(braces.match(value))
-        plain = text and value not in ("", "null") and not re.fullmatch(QUOTED, value)
-        result.append(f"{name}={quoted(value)}" if plain else override)
-    return result
 
 
 def names(node: Any, prefix: str = "") -> Iterator[str]:
@@ -175,6 +136,10 @@ def _load(
     try:
         _, repository = loader._parse_overrides_and_create_caching_repo(config_name, groups)
         loader.repository = cast(ConfigRepository, repository.delegate)  # with hydra.searchpath
+        null = {
+            text for text in groups if text.endswith("=null") and repository.group_exists(text.removesuffix("=null"))
+        }
+        groups = [f"~{text.removesuffix('=null')}" if text in null else text for text in groups]  # as Hydra has it
         files = loader.compute_defaults_list(config_name, groups, run_mode).defaults
         cfg = _load_configuration(loader, config_name, groups, run_mode, from_shell, validate_sweep_overrides)
     except UserError:
@@ -388,7 +353,7 @@ def _explain(loader: ConfigLoaderImpl, overrides: Sequence[Override], error: Exc
         unknown = _unknown_option(loader, group, [override.value()])
         if unknown:
             return unknown
-    return _first_line(error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error)
+    return first_line(error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error)
 
 
 def _unknown_option(loader: ConfigLoaderImpl, group: str, values: Sequence[Any]) -> str | None:
@@ -411,7 +376,3 @@ def _nearest_knob(name: str, known: set[str]) -> str:
     inside = [knob for knob in known if knob.startswith(f"{room}.")] if room != name else []
     near = ends_alike or same_last or inside
     return nearest(name, near, always=True) if near else nearest(room, {knob for knob in known if "." not in knob})
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n")[0]

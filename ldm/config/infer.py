@@ -91,7 +91,7 @@ def check_fit(config: DictConfig, stages: Collection[str]) -> None:
             f"latents={config.latents}: the conditioner ({name}) is shown the pictures, which cached latents do not "
             "have; train from pictures (latents=null)"
         )
-    if needs_image and not sees_mask and config.callbacks.get("images") is not None:
+    if needs_image and not sees_mask and (config.get("callbacks") or {}).get("images") is not None:
         raise UserError(
             f"callbacks.images: the conditioner ({name}) makes nothing of a prompt alone, so there are no sample "
             "images; give callbacks.images=null"

@@ -5,7 +5,8 @@ from typing import cast
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ldm.config.compose import is_open, load_option, names, parse
+from ldm.config.compose import is_open, load_option, names
+from ldm.config.overrides import parse
 from ldm.errors import UserError, nearest
 
 
@@ -28,13 +29,10 @@ def stage_config(cfg: DictConfig, stage: str, overrides: list[str]) -> DictConfi
             raise UserError(f"curriculum.{stage}.{name}: there is no such knob; {nearest(name, known)}")
     merged = cast(DictConfig, OmegaConf.merge(root, difference, {"task": task}))
     for override in parse(overrides):
-        name = str(override.key_or_group)
-        if (
-            name in known
-            and not name.startswith(("curriculum", "hydra"))
-            and not isinstance(root.get(name), DictConfig)
-        ):
-            OmegaConf.update(merged, name, OmegaConf.select(cfg, name))
+        name, value = str(override.key_or_group), override.value()
+        chosen = isinstance(root._get_node(name), DictConfig) and not isinstance(value, dict)  # an option of a group
+        if name in known and not name.startswith(("curriculum", "hydra")) and not chosen:
+            OmegaConf.update(merged, name, value)
     merged.stage = stage
     if merged.init_from is not None and merged.init_parts is None:
         merged.init_parts = _init_parts(merged, overrides)

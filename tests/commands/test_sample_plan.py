@@ -18,8 +18,9 @@ from ldm.commands.prompts import read_prompts
 from ldm.commands.sample_plan import Picture, plan
 from ldm.commands.sampling_job import SamplingJob
 from ldm.config import trained
-from ldm.config.compose import compose, quoted, with_texts
+from ldm.config.compose import compose
 from ldm.config.devices import devices_of
+from ldm.config.overrides import quoted, with_texts
 from ldm.config.trained import warn_without_dropout
 from ldm.errors import UserError
 from ldm.generation import save_image

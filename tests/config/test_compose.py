@@ -10,7 +10,8 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from ldm.config.check import check
-from ldm.config.compose import CONFIGS, compose, load_option, options, parse, register_resolvers, with_texts
+from ldm.config.compose import CONFIGS, compose, load_option, options, register_resolvers
+from ldm.config.overrides import parse, with_texts
 from ldm.config.stages import stage_config
 from ldm.errors import UserError
 
@@ -87,6 +88,18 @@ def test_a_knob_inside_a_list_may_be_changed() -> None:
 def test_the_users_names_may_be_new(command: str, override: str) -> None:
     name, _, _ = override.partition("=")
     assert value(compose(command, [*(TINY if command == "train" else ["checkpoint=x", "out=y"]), override]), name)
+
+
+@pytest.mark.parametrize("group", ["logger", "variant", "task", "criterion"])
+def test_a_group_may_be_null(group: str) -> None:
+    assert compose("train", [*TINY, f"{group}=null"]).get(group) is None
+
+
+def test_null_leaves_out_what_an_experiment_chose(tmp_path: Path) -> None:
+    text = "# @package _global_\ndefaults: [quickstart, override /logger: csv, _self_]\n"
+    chosen = [configs(tmp_path, experiment__mine=text), "experiment=mine", "run_folder=nowhere"]
+    assert set(compose("train", chosen).logger) == {"csv"}
+    assert not compose("train", [*chosen, "logger=null"]).get("logger")
 
 
 def test_knobs_of_a_group_at_null_change_what_a_stage_brings() -> None:

@@ -101,9 +101,11 @@ def test_the_tiny_variant_trains_every_stage_two_steps(experiment: str, tiny_sha
     assert not any(name.startswith("first_stage") for name in moved)
 
 
-def test_the_command_line_wins_over_the_curriculum() -> None:
-    cfg = composed("quickstart", "finetune", "optimizer.lr=0.125", "curriculum.finetune.data.size=48")
+@pytest.mark.parametrize("override", ["optimizer.lr=0.125", "optimizer={lr: 0.125}"])
+def test_the_command_line_wins_over_the_curriculum(override: str) -> None:
+    cfg = composed("quickstart", "finetune", override, "curriculum.finetune.data.size=48")
     assert (cfg.optimizer.lr, cfg.data.size) == (0.125, 48)
+    assert cfg.optimizer._target_ == "torch.optim.AdamW"
 
 
 def test_a_stage_that_does_not_exist_is_refused() -> None:

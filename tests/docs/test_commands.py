@@ -13,7 +13,8 @@ from omegaconf import OmegaConf
 from ldm.commands.axes import read_axes
 from ldm.commands.sample import TEXTS
 from ldm.config.check import check
-from ldm.config.compose import CONFIGS, compose, parse, with_texts
+from ldm.config.compose import CONFIGS, compose
+from ldm.config.overrides import parse, with_texts
 from ldm.config.stages import stage_config
 from ldm.errors import UserError
 

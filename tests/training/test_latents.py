@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from ldm.commands.cache_latents import main
+from ldm.data.loading.latents import LatentSource, read_record
 from ldm.errors import UserError
 from ldm.training.curriculum import Job
 from ldm.training.diffusion import DiffusionModule
@@ -36,6 +37,27 @@ def test_the_loss_is_that_of_the_pictures(tiny_shapes: Path, run: Path, tmp_path
             assert (batches[0].moments is not None) == (more != "latents=null")
     assert losses[1] == pytest.approx(losses[0], rel=2e-3)
     assert losses[0][0] != losses[0][1]
+
+
+def test_variants_are_as_many_crops_of_each_picture(tiny_shapes: Path, run: Path, tmp_path: Path) -> None:
+    """A visit takes one of them, so visits of other epochs see other latents."""
+    more = ["data.train.random_crop=true", "latent_variants=3", f"latents={tmp_path}/l"]
+    source = job(tiny_shapes, run, *more).datamodule.sources["train"]
+    assert isinstance(source, LatentSource) and read_record(source.folder).variants == 3
+    with pytest.raises(UserError, match=r"^latent_variants=3 .*data\.train\.random_crop=true"):
+        job(tiny_shapes, run, "latent_variants=3", f"latents={tmp_path}/m")
+
+
+def test_states_of_a_frozen_text_encoder_are_cached(tiny_shapes: Path, run: Path, tmp_path: Path) -> None:
+    held = []
+    for value in ("true", "false"):
+        made = job(tiny_shapes, run, "conditioner.frozen=true", f"latent_text={value}", f"latents={tmp_path}/{value}")
+        made.datamodule.setup()
+        fields = made.datamodule.train_batches()[0].fields
+        held.append([name for name in fields if torch.is_tensor(fields[name])])
+    assert held[0] and not held[1]
+    with pytest.raises(UserError, match=r"latent_text=true: .*no frozen text encoder"):
+        job(tiny_shapes, run, "conditioner.frozen=false", "latent_text=true", f"latents={tmp_path}/trained")
 
 
 def test_the_command_makes_what_the_launch_looks_for(
